@@ -7,9 +7,10 @@ A packed batch does no work for padding and needs no mask: linears see ``[N, c]`
 sample, and what belongs to a sample (time, modulation, loss weight) stays ``[b, ...]``.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -79,12 +80,10 @@ class Layout:
             The layout.
 
         Raises:
-            ValueError: if there is no sample, a side is not positive, a length is negative, both kinds of text
-                are given, or the number of samples disagrees.
+            ValueError: if there is no sample, a side is not a positive integer, a length is not a non-negative
+                integer, both kinds of text are given, or the number of samples disagrees.
         """
-        pairs = [(int(height), int(width)) for height, width in (grids.tolist() if isinstance(grids, Tensor) else grids)]
-        if not pairs or any(side < 1 for pair in pairs for side in pair):
-            raise ValueError(f"grids: expected at least one (height, width) of positive sides, got {pairs}")
+        pairs = _grid_pairs(grids)
         if text_mask is not None and text_lengths is not None:
             raise ValueError("text_lengths and text_mask: expected one of them, got both")
         num = len(pairs)
@@ -95,9 +94,7 @@ class Layout:
             text_samples, text_positions = mask.cpu().nonzero(as_tuple=True)
             text_counts = tuple(mask.cpu().sum(1).tolist())
         else:
-            text_counts = tuple(int(length) for length in (text_lengths if text_lengths is not None else [0] * num))
-            if len(text_counts) != num or any(length < 0 for length in text_counts):
-                raise ValueError(f"text_lengths: expected {num} non-negative counts, got {list(text_counts)}")
+            text_counts = _counts([0] * num if text_lengths is None else text_lengths, num)
             text_samples = torch.repeat_interleave(torch.arange(num), torch.tensor(text_counts))
             text_positions = torch.cat([torch.arange(length) for length in text_counts])
         image_counts = tuple(height * width for height, width in pairs)
@@ -140,6 +137,7 @@ class Layout:
 
     def lengths(self, stream: Stream) -> tuple[int, ...]:
         """Tokens of each sample in the image, text or joint stream."""
+        _check_stream(stream, ("image", "text", "joint"))
         return {"image": self.image_lengths, "text": self.text_lengths, "joint": self.joint_lengths}[stream]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Layout":
@@ -161,6 +159,7 @@ class Layout:
             >>> Layout.build([(1, 2), (1, 1)]).expand(torch.tensor([5.0, 7.0]))
             tensor([5., 5., 7.])
         """
+        _check_stream(stream, ("image", "text"))
         samples = self.image_samples if stream == "image" else self.text_samples
         check_shape("per_sample", per_sample, "b ...", b=self.image_offsets.shape[0] - 1)
         if torch.compiler.is_compiling():
@@ -183,6 +182,33 @@ class Layout:
             counts = (self.image_offsets[1:] - self.image_offsets[:-1]).to(values.dtype)
             return segment_sum(values[:, None], self.image_samples, self.image_offsets)[:, 0] / counts
         return torch.stack([piece.mean() for piece in values.split(self.image_lengths)])
+
+
+class EqualRun(NamedTuple):
+    """Neighbouring samples of equal length: first sample, number of samples, their length and their token rows."""
+
+    sample: int
+    count: int
+    length: int
+    rows: slice
+
+
+def equal_runs(lengths: Sequence[int]) -> list[EqualRun]:
+    """Group neighbouring samples of equal length, so that a loop over samples becomes a loop over views.
+
+    Samples without tokens are left out.
+
+    Example:
+        >>> [(run.sample, run.count, run.length, run.rows.start) for run in equal_runs([3, 3, 0, 5])]
+        [(0, 2, 3, 0), (3, 1, 5, 6)]
+    """
+    runs, start, sample = [], 0, 0
+    for length, group in itertools.groupby(lengths):
+        count = len(list(group))
+        if length:
+            runs.append(EqualRun(sample, count, length, slice(start, start + count * length)))
+        start, sample = start + count * length, sample + count
+    return runs
 
 
 def as_bool_mask(name: str, mask: Tensor) -> Tensor:
@@ -272,6 +298,24 @@ def pack_text(text_features: Sequence[Tensor], text_mask: Tensor) -> Tensor:
     return torch.stack([layer[mask] for layer in text_features], dim=1)
 
 
+def _grid_pairs(grids: Sequence[tuple[int, int]] | Tensor) -> list[tuple[int, int]]:
+    rows = [tuple(row) for row in (grids.tolist() if isinstance(grids, Tensor) and grids.ndim == 2 else grids)]
+    if not rows or any(len(row) != 2 or any(int(side) != side or side < 1 for side in row) for row in rows):
+        raise ValueError(f"grids: expected at least one (height, width) of positive integers, got {rows}")
+    return [(int(height), int(width)) for height, width in rows]
+
+
+def _counts(lengths: Sequence[int], num: int) -> tuple[int, ...]:
+    if len(lengths) != num or any(int(length) != length or length < 0 for length in lengths):
+        raise ValueError(f"text_lengths: expected {num} non-negative integers, got {list(lengths)}")
+    return tuple(int(length) for length in lengths)
+
+
+def _check_stream(stream: str, known: tuple[str, ...]) -> None:
+    if stream not in known:
+        raise ValueError(f"stream: expected one of {known}, got {stream!r}")
+
+
 def _offsets(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
 
@@ -283,9 +327,16 @@ def _segment_sum(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:
         lengths = offsets.diff().tolist()
         dtype = torch.promote_types(values.dtype, torch.float32)
         return torch.stack([piece.sum(0, dtype=dtype) for piece in values.split(lengths)]).to(values.dtype)
-    # A product with the 0/1 membership matrix: deterministic, and it accumulates in float32.
+    return _member_sum(values, samples, num)
+
+
+def _member_sum(values: Tensor, samples: Tensor, num: int) -> Tensor:
+    # A product with the 0/1 membership matrix: deterministic, and it accumulates in float32. Zero times NaN is NaN,
+    # so what is not finite stays out of the product, and makes the row of its own sample NaN afterwards.
     member = samples == torch.arange(num, device=values.device)[:, None]
-    return member.to(values.dtype) @ values
+    finite = values.isfinite()
+    sums = member.to(values.dtype) @ values.where(finite, 0)
+    return sums.masked_fill((member & ~finite.all(1)).any(1)[:, None], torch.nan)
 
 
 @_segment_sum.register_fake
@@ -321,7 +372,9 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001  # pyright: ignore
         samples, offsets = ctx.saved_tensors
-        return segment_sum(grad.flatten(1), samples, offsets).unflatten(1, grad.shape[1:]), None, None
+        flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]
+        rows = segment_sum(flat, samples, offsets)
+        return rows.reshape(rows.shape[0], *grad.shape[1:]), None, None
 
 
 def expand_rows(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:

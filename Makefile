@@ -1,0 +1,57 @@
+# Everything from a fresh clone: `make quickstart` and `make test`. Needs python3 >= 3.11 and nothing else.
+#   make setup PYTHON=python3.12                                            another interpreter
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cu126"   another CUDA build
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lensmini-setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: help setup quickstart test test-slow lint format bench clean
+
+help:
+	@echo "make setup       create $(VENV) and install the package with its extras"
+	@echo "make quickstart  sample from a small model, end to end"
+	@echo "make test        tests and doctests (minutes, no GPU, no download)"
+	@echo "make test-slow   the tests marked slow"
+	@echo "make lint        ruff and pyright"
+	@echo "make format      let ruff format and fix"
+	@echo "make bench       speed against peers"
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lensmini needs Python >= 3.11; use make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[dev,diffusers,xformers]"
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python -m experiments.quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+# pytest exits with 5 when it selects no test, which is no failure here.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pyright
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks.block
+	$(BIN)/python -m benchmarks.packing
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lensmini.segments import expand_rows, segment_sum
 from lensmini.shapes import check_shape
 
 __all__ = ["Layout", "pack", "pack_text", "unpack"]
@@ -94,7 +95,10 @@ class Layout:
             text_samples, text_positions = mask.cpu().nonzero(as_tuple=True)
             text_counts = tuple(mask.cpu().sum(1).tolist())
         else:
-            text_counts = _counts([0] * num if text_lengths is None else text_lengths, num)
+            text_counts = tuple([0] * num if text_lengths is None else text_lengths)
+            if len(text_counts) != num or any(int(length) != length or length < 0 for length in text_counts):
+                raise ValueError(f"text_lengths: expected {num} non-negative integers, got {list(text_counts)}")
+            text_counts = tuple(int(length) for length in text_counts)
             text_samples = torch.repeat_interleave(torch.arange(num), torch.tensor(text_counts))
             text_positions = torch.cat([torch.arange(length) for length in text_counts])
         image_counts = tuple(height * width for height, width in pairs)
@@ -137,8 +141,10 @@ class Layout:
 
     def lengths(self, stream: Stream) -> tuple[int, ...]:
         """Tokens of each sample in the image, text or joint stream."""
-        _check_stream(stream, ("image", "text", "joint"))
-        return {"image": self.image_lengths, "text": self.text_lengths, "joint": self.joint_lengths}[stream]
+        known = {"image": self.image_lengths, "text": self.text_lengths, "joint": self.joint_lengths}
+        if stream not in known:
+            raise ValueError(f"stream: expected one of {[*known]}, got {stream!r}")
+        return known[stream]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Layout":
         """The same layout with its tensors on ``device``."""
@@ -159,7 +165,8 @@ class Layout:
             >>> Layout.build([(1, 2), (1, 1)]).expand(torch.tensor([5.0, 7.0]))
             tensor([5., 5., 7.])
         """
-        _check_stream(stream, ("image", "text"))
+        if stream not in ("image", "text"):
+            raise ValueError(f"stream: expected 'image' or 'text', got {stream!r}")
         samples = self.image_samples if stream == "image" else self.text_samples
         check_shape("per_sample", per_sample, "b ...", b=self.image_offsets.shape[0] - 1)
         if torch.compiler.is_compiling():
@@ -188,7 +195,7 @@ class EqualRun(NamedTuple):
     """Neighbouring samples of equal length: first sample, number of samples, their length and their token rows."""
 
     sample: int
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     length: int
     rows: slice
 
@@ -299,84 +306,15 @@ def pack_text(text_features: Sequence[Tensor], text_mask: Tensor) -> Tensor:
 
 
 def _grid_pairs(grids: Sequence[tuple[int, int]] | Tensor) -> list[tuple[int, int]]:
-    rows = [tuple(row) for row in (grids.tolist() if isinstance(grids, Tensor) and grids.ndim == 2 else grids)]
-    if not rows or any(len(row) != 2 or any(int(side) != side or side < 1 for side in row) for row in rows):
-        raise ValueError(f"grids: expected at least one (height, width) of positive integers, got {rows}")
-    return [(int(height), int(width)) for height, width in rows]
-
-
-def _counts(lengths: Sequence[int], num: int) -> tuple[int, ...]:
-    if len(lengths) != num or any(int(length) != length or length < 0 for length in lengths):
-        raise ValueError(f"text_lengths: expected {num} non-negative integers, got {list(lengths)}")
-    return tuple(int(length) for length in lengths)
-
-
-def _check_stream(stream: str, known: tuple[str, ...]) -> None:
-    if stream not in known:
-        raise ValueError(f"stream: expected one of {known}, got {stream!r}")
+    try:
+        table = torch.as_tensor(grids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"grids: expected b pairs (height, width), got {grids}") from error
+    check_shape("grids", table, "b 2")
+    if table.is_floating_point() or len(table) == 0 or bool((table < 1).any()):
+        raise ValueError(f"grids: expected at least one (height, width) of positive integers, got {table.tolist()}")
+    return [(height, width) for height, width in table.tolist()]
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-
-
-@torch.library.custom_op("lensmini::segment_sum", mutates_args=())
-def _segment_sum(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:
-    num = offsets.shape[0] - 1
-    if values.device.type == "cpu":
-        lengths = offsets.diff().tolist()
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        return torch.stack([piece.sum(0, dtype=dtype) for piece in values.split(lengths)]).to(values.dtype)
-    return _member_sum(values, samples, num)
-
-
-def _member_sum(values: Tensor, samples: Tensor, num: int) -> Tensor:
-    # A product with the 0/1 membership matrix: deterministic, and it accumulates in float32. Zero times NaN is NaN,
-    # so what is not finite stays out of the product, and makes the row of its own sample NaN afterwards.
-    member = samples == torch.arange(num, device=values.device)[:, None]
-    finite = values.isfinite()
-    sums = member.to(values.dtype) @ values.where(finite, 0)
-    return sums.masked_fill((member & ~finite.all(1)).any(1)[:, None], torch.nan)
-
-
-@_segment_sum.register_fake
-def _(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:
-    return values.new_empty(offsets.shape[0] - 1, values.shape[1])
-
-
-def _segment_sum_setup(ctx, inputs, output) -> None:  # noqa: ANN001
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _segment_sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-    samples, offsets = ctx.saved_tensors
-    return expand_rows(grad, samples, offsets), None, None
-
-
-_segment_sum.register_autograd(_segment_sum_backward, setup_context=_segment_sum_setup)
-
-
-def segment_sum(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:
-    """Sum the rows of each sample, deterministically and traceably: ``[N, d]`` to ``[b, d]``."""
-    return _segment_sum(values, samples, offsets)
-
-
-class _ExpandRows(torch.autograd.Function):
-    """A gather whose backward is a deterministic segment sum instead of an atomic scatter."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:  # noqa: ANN001
-        ctx.save_for_backward(samples, offsets)
-        return values.index_select(0, samples)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001  # pyright: ignore
-        samples, offsets = ctx.saved_tensors
-        flat = grad.flatten(1) if grad.ndim > 1 else grad[:, None]
-        rows = segment_sum(flat, samples, offsets)
-        return rows.reshape(rows.shape[0], *grad.shape[1:]), None, None
-
-
-def expand_rows(values: Tensor, samples: Tensor, offsets: Tensor) -> Tensor:
-    """Gather ``values[samples]`` (``[b, ...]`` to ``[N, ...]``) with a deterministic backward."""
-    return _ExpandRows.apply(values, samples, offsets)  # pyright: ignore[reportReturnType]

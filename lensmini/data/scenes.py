@@ -141,11 +141,13 @@ class Scene:
 Item = TypeVar("Item")
 
 
-def as_random(generator: torch.Generator | int) -> random.Random:
-    """Python's number stream, seeded by an integer or by the next draw of a torch generator."""
-    if isinstance(generator, int):
-        return random.Random(generator)
-    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+def as_random(generator: torch.Generator | int, purpose: str) -> random.Random:
+    """Python's number stream, seeded by an integer or by the next draw of a torch generator.
+
+    ``purpose`` keeps streams apart: a scene and its caption may be given the same seed.
+    """
+    seed = generator if isinstance(generator, int) else int(torch.randint(2**62, (), generator=generator))
+    return random.Random(f"{purpose} {seed}")
 
 
 def pick(stream: random.Random, items: Sequence[Item]) -> Item:
@@ -158,14 +160,15 @@ def shuffled(stream: random.Random, items: Sequence[Item]) -> list[Item]:
     return [items[index] for _, index in sorted((stream.random(), index) for index in range(len(items)))]
 
 
-def pair_pool(pairs: Pairs) -> list[tuple[str, str]]:
+@lru_cache
+def pair_pool(pairs: Pairs) -> tuple[tuple[str, str], ...]:
     """The colour-shape pairs that training sees, the withheld ones, or all, in one fixed order."""
-    every = list(product(COLOURS, SHAPES))
+    every = tuple(product(COLOURS, SHAPES))
     if pairs == "all":
         return every
     if pairs not in ("seen", "withheld"):
         raise ValueError(f'pairs: expected "seen", "withheld" or "all", got {pairs!r}')
-    return [pair for pair in every if (pair in WITHHELD_PAIRS) == (pairs == "withheld")]
+    return tuple(pair for pair in every if (pair in WITHHELD_PAIRS) == (pairs == "withheld"))
 
 
 def sample_scene(
@@ -206,7 +209,7 @@ def sample_scene(
             "grid, num_objects, group_probability: expected 2 or 3, 1 <= fewest <= most <= grid^2, and a probability, "
             f"got {grid}, {num_objects}, {group_probability}"
         )
-    stream = as_random(generator)
+    stream = as_random(generator, "scene")
     number = fewest + int(stream.random() * (most - fewest + 1))
     first = pick(stream, pair_pool(pairs))
     if number > 1 and stream.random() < group_probability:
@@ -259,6 +262,11 @@ def coverage(shape: str, down: NDArray[np.float32], right: NDArray[np.float32], 
         above, arm = np.abs(down), _ARM * half
         distance = np.minimum(np.maximum(above - half, aside - arm), np.maximum(above - arm, aside - half))
     return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def area_share(shape: str) -> float:
+    """Area of an object as a share of its bounding box."""
+    return {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5, "cross": _ARM * (2 - _ARM)}[shape]
 
 
 def render_scene(scene: Scene, height: int, width: int, *, dtype: torch.dtype = torch.uint8) -> Tensor:

@@ -148,7 +148,9 @@ def load_autoencoder(
         low_cpu_mem_usage=False,
         output_loading_info=True,
     )
-    misfits = {name: keys for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if (keys := report.get(name))}
+    misfits = {
+        name: keys for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if (keys := report.get(name))
+    }
     if misfits:
         raise ValueError(f"path_or_repo: expected weights that fit {kind}, got {misfits} in {path_or_repo}")
     if kind == "AutoencoderKLFlux2":

@@ -94,17 +94,22 @@ class LatentNormalizer(nn.Module):
                 raise ValueError(f"{name}: expected floating point, got {statistic.dtype}")
         if not bool(torch.isfinite(mean).all()):
             raise ValueError("mean: expected finite values, got some that are not")
-        if not (bool(torch.isfinite(var).all()) and bool((var >= 0).all()) and bool((var + eps > 0).all()) and eps >= 0):
+        if not (
+            bool(torch.isfinite(var).all()) and bool((var >= 0).all()) and bool((var + eps > 0).all()) and eps >= 0
+        ):
             raise ValueError(f"var: expected finite var >= 0, eps >= 0 and var + eps > 0, got eps={eps} and var={var}")
         self.eps = float(eps)
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("var", var.detach().clone())
 
     def extra_repr(self) -> str:
+        """Channels and eps, for ``repr``."""
         return f"{self.mean.shape[0]}, eps={self.eps}"
 
     @classmethod
-    def from_batch_norm(cls, batch_norm: nn.Module | Mapping[str, Tensor], *, eps: float | None = None) -> "LatentNormalizer":
+    def from_batch_norm(
+        cls, batch_norm: nn.Module | Mapping[str, Tensor], *, eps: float | None = None
+    ) -> "LatentNormalizer":
         """Take the running statistics of a batch norm.
 
         Args:

@@ -78,7 +78,9 @@ class TextEncoder(nn.Module):
         >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2)
         >>> config.num_hidden_layers = 3
         >>> encoder = TextEncoder(LlamaForCausalLM(config), layers=(0, 2))
-        >>> features, mask = encoder.encode_tokens(torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4), num_prefix_tokens=1)
+        >>> features, mask = encoder.encode_tokens(
+        ...     torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4).bool(), num_prefix_tokens=1
+        ... )
         >>> [layer.shape for layer in features], mask.shape
         ([torch.Size([1, 3, 16]), torch.Size([1, 3, 16])], torch.Size([1, 3]))
     """
@@ -149,8 +151,7 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: if ``prompts`` is empty or a single string, or there is no tokenizer.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts: expected a non-empty sequence of strings, got {prompts!r}")
+        _check_prompts(prompts)
         rows = self._token_ids([self.render(prompt) for prompt in prompts])
         truncated = [index for index, row in enumerate(rows) if len(row) > self.max_length]
         rows = [torch.tensor(row[: self.max_length], dtype=torch.int64) for row in rows]
@@ -175,7 +176,9 @@ class TextEncoder(nn.Module):
         """
         input_ids, mask, truncated = self.tokenize(prompts)
         if truncated:
-            warnings.warn(f"prompts {truncated} are longer than max_length={self.max_length} and were cut", stacklevel=2)
+            warnings.warn(
+                f"prompts {truncated} are longer than max_length={self.max_length} and were cut", stacklevel=4
+            )
         return self.encode_tokens(input_ids, mask, num_prefix_tokens=self.num_prefix_tokens)
 
     def encode_negative(self, prompts: Sequence[str], *, num_tokens: int = 0) -> tuple[list[Tensor], Tensor]:
@@ -196,7 +199,8 @@ class TextEncoder(nn.Module):
         """
         if num_tokens < 0:
             raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
-        if isinstance(prompts, str) or not prompts or any(prompt.strip() for prompt in prompts):
+        _check_prompts(prompts)
+        if any(prompt.strip() for prompt in prompts):
             features, mask = self(prompts)
             return pad_text(features, mask, max(num_tokens, mask.shape[1]))
         weight = _find_decoder(self.model).embed_tokens.weight
@@ -293,6 +297,11 @@ def pad_text(text_features: Sequence[Tensor], text_mask: Tensor, num_tokens: int
     return padded, nn.functional.pad(mask, (0, missing))
 
 
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts: expected a non-empty sequence of strings, got {prompts!r}")
+
+
 class _LastLayerDone(Exception):
     """Leaves the language model's forward once the last wanted layer has spoken."""
 
@@ -322,7 +331,9 @@ def _run_until(decoder: Any, layers: Sequence[int], **inputs: Any) -> list[Tenso
 
 def _find_decoder(model: nn.Module) -> Any:
     """The module that owns the token embedding and the decoder layers, at any depth."""
-    found = [m for m in model.modules() if _is_list(m, "layers") and isinstance(getattr(m, "embed_tokens", None), nn.Module)]
+    found = [
+        m for m in model.modules() if _is_list(m, "layers") and isinstance(getattr(m, "embed_tokens", None), nn.Module)
+    ]
     if len(found) != 1:
         raise ValueError(
             "model: expected one decoder with embed_tokens and a ModuleList of layers (GPT-OSS, Llama, Qwen, ...), "

@@ -27,7 +27,9 @@ Call = Callable[[], object]
 class _Stack(nn.Module):
     """A number of blocks of one kind on the same inputs: the part of a model that takes its time."""
 
-    def __init__(self, blocks: list[nn.Module], step: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], step: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> None:
         super().__init__()
         self.blocks, self.step = nn.ModuleList(blocks), step
 

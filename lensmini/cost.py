@@ -102,7 +102,9 @@ BLOCK_ACTIVATIONS = (
     SavedTensor("residual input", 1, 0, selective=False, tail=False),
     SavedTensor("normed and modulated input of qkv", 1, 0, selective=True, tail=False),
     SavedTensor("query, key and value", 3, 0, selective=False, tail=False),
-    SavedTensor("attention output", 1, 0, selective=False, tail=False),
+    SavedTensor("rotated query and key, and value, in joint order", 3, 0, selective=False, tail=False),
+    SavedTensor("attention output in joint order", 1, 0, selective=False, tail=False),
+    SavedTensor("input of the output projection", 1, 0, selective=False, tail=True),
     SavedTensor("output projection, for the gate", 1, 0, selective=False, tail=True),
     SavedTensor("middle residual", 1, 0, selective=False, tail=True),
     SavedTensor("normed and modulated input of the MLP", 1, 0, selective=True, tail=True),
@@ -110,7 +112,8 @@ BLOCK_ACTIVATIONS = (
     SavedTensor("SwiGLU product", 0, 1, selective=True, tail=True),
     SavedTensor("MLP output, for the gate", 1, 0, selective=False, tail=True),
 )
-"""What one block saves per token of either stream. Correct a row here if a measurement disagrees."""
+"""What one block saves per token of either stream, as measured with several samples in the batch (a single sample's
+streams are views of the joint sequence and save one ``d`` less)."""
 
 
 def operation_flops(
@@ -253,7 +256,7 @@ def activation_bytes(
         >>> sizes = dict(num_layers=48, inner_dim=1536, mlp_dim=4096, num_attention_heads=24, attention_head_dim=64)
         >>> sizes |= dict(in_channels=128, out_channels=32, patch_size=2, enc_hidden_dim=2880, num_text_layers=4)
         >>> activation_bytes(SimpleNamespace(**sizes), 4096, 256) / 1e9
-        11.6
+        14.2
     """
     _check_recompute(recompute)
     if dtype_bytes < 1:

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from lensmini.cost import activation_bytes, forward_flops, operation_flops, parameter_count, train_flops
+from lensmini.nn.config import LensConfig
+from lensmini.nn.transformer import LensTransformer
 from tests.golden_cases import golden
 from tests.reference import tensor_shapes
+from tests.strategies import tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,49 @@ def test_activations_are_near_the_estimate_of_61_kilobytes_per_token_and_block()
     assert slope("none", l=1000) / 48 == pytest.approx(61e3, rel=0.15)
 
 
+def saved_bytes(num_layers, side, num_text):
+    """What autograd holds after a forward of two samples through our own transformer, parameters excepted."""
+    config = LensConfig.from_dict(
+        {
+            **golden("released_state_dict")[1]["model_config"],
+            "num_layers": num_layers,
+            "num_attention_heads": 2,
+            "inner_dim": 128,
+            "enc_hidden_dim": 8,
+        }
+    )
+    model = LensTransformer(config)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = {}
+
+    def keep(saved):
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage
+        return saved
+
+    text = [tensor((2, num_text, 8), 0)] * 4
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        result = model(tensor((2, 128, side, side), 1), torch.full((2,), 0.5), text, torch.ones(2, num_text) > 0)
+    total = sum(storage.nbytes() for storage in held.values())
+    assert result.requires_grad
+    return config, total
+
+
+@pytest.mark.parametrize(("more_side", "more_text"), [(4, 0), (0, 40)])
+def test_a_blocks_activations_are_what_the_transformer_saves(more_side, more_text):
+    (few, base), (many, deep) = saved_bytes(2, 4, 8), saved_bytes(3, 4, 8)
+    measured = saved_bytes(3, 4 + more_side, 8 + more_text)[1] - saved_bytes(2, 4 + more_side, 8 + more_text)[1]
+    measured -= deep - base
+
+    def held(config, side, num_text):
+        return 2 * activation_bytes(config, side**2, num_text, dtype_bytes=4)
+
+    expected = held(many, 4 + more_side, 8 + more_text) - held(few, 4 + more_side, 8 + more_text)
+    expected -= held(many, 4, 8) - held(few, 4, 8)
+    assert measured == expected
+
+
 def test_recomputation_keeps_the_inputs_of_the_blocks_and_one_block():
     one_block = slope("none", n=1000) / 48
     # 48 inputs of 1536 bf16 values, and the working set of the one block that is being recomputed.
@@ -188,8 +234,8 @@ def test_recomputation_keeps_the_inputs_of_the_blocks_and_one_block():
 
 def test_the_last_blocks_text_tail_holds_nothing():
     image, text = slope("none", n=1000), slope("none", l=1000)
-    # 4 d + 3 m elements and a statistic fewer, but 2 x 4 x 2880 text features against the ends of the image stream.
-    assert image - text == 2 * (4 * 1536 + 3 * 4096) + 4 - 2 * (2 * 4 * 2880 - 128 - 2 * 1536 - 128)
+    # 5 d + 3 m elements and a statistic fewer, but 2 x 4 x 2880 text features against the ends of the image stream.
+    assert image - text == 2 * (5 * 1536 + 3 * 4096) + 4 - 2 * (2 * 4 * 2880 - 128 - 2 * 1536 - 128)
 
 
 @given(s=sizes(), n=counts, l=counts, dtype_bytes=st.sampled_from([2, 4]))

@@ -105,7 +105,9 @@ class Entry:
         for index, (key, (kind, axes)) in enumerate(self.inputs.items()):
             shape = axes if kind == "shared" else (ROWS[kind][0], *axes)
             drawn = self.draw.get(key, randn)(31 * seed + index, shape)
-            values[key] = drawn.to(time_dtype(dtype) if key in TIMES_LIKE else dtype) if drawn.is_floating_point() else drawn
+            values[key] = (
+                drawn.to(time_dtype(dtype) if key in TIMES_LIKE else dtype) if drawn.is_floating_point() else drawn
+            )
         return values
 
     def first(self, values: Inputs) -> Inputs:
@@ -117,7 +119,8 @@ class Entry:
         """The part of every output that belongs to the first sample."""
         kinds = [self.outputs] if isinstance(self.outputs, str) else self.outputs
         return [
-            value if kind == "shared" else value[: ROWS[kind][1]] for value, kind in zip(flat(result), kinds, strict=True)
+            value if kind == "shared" else value[: ROWS[kind][1]]
+            for value, kind in zip(flat(result), kinds, strict=True)
         ]
 
 
@@ -248,7 +251,9 @@ def attention_entries() -> list[Entry]:
 
         inputs = dict.fromkeys(("query", "key", "value"), JOINT)
         entries.append(
-            Entry(attention.packed_attention, plain(call), inputs, "joint", name=f"[{backend}]", meta=backend != "padded")
+            Entry(
+                attention.packed_attention, plain(call), inputs, "joint", name=f"[{backend}]", meta=backend != "padded"
+            )
         )
     return entries
 
@@ -370,9 +375,14 @@ ENTRIES = [
         dtype=fixed(torch.float32),
         draw={"num_tokens": tokens},
     ),
-    Entry(averaging.lerp_parameters_, plain(lerped), {"target": ("shared", (4,)), "source": ("shared", (4,))}, "shared"),
     Entry(
-        packed.pack, plain(lambda inputs, layout: packed.pack(inputs["latents"])), {"latents": ("sample", (4, 2, 3))}, "square"
+        averaging.lerp_parameters_, plain(lerped), {"target": ("shared", (4,)), "source": ("shared", (4,))}, "shared"
+    ),
+    Entry(
+        packed.pack,
+        plain(lambda inputs, layout: packed.pack(inputs["latents"])),
+        {"latents": ("sample", (4, 2, 3))},
+        "square",
     ),
     Entry(
         packed.pack,
@@ -521,7 +531,10 @@ ENTRIES = [
     ),
     Entry(
         blocks.JointAttention,
-        module(lambda: blocks.JointAttention(DIM, HEADS), lambda m, i, layout: m(i["x"], i["words"], rotary(layout), layout)),
+        module(
+            lambda: blocks.JointAttention(DIM, HEADS),
+            lambda m, i, layout: m(i["x"], i["words"], rotary(layout), layout),
+        ),
         {"x": ("image", (DIM,)), "words": ("text", (DIM,))},
         ("image", "text"),
     ),
@@ -548,7 +561,9 @@ ENTRIES = [
     ),
     Entry(
         transformer.LensTransformer,
-        module(tiny_transformer, lambda m, i, layout: m(i["x"], i["t"], [i["one"], i["two"]], MASK[: layout.batch_size])),
+        module(
+            tiny_transformer, lambda m, i, layout: m(i["x"], i["t"], [i["one"], i["two"]], MASK[: layout.batch_size])
+        ),
         {"x": DENSE, "t": TIME, "one": ("slots", (5, TEXT_DIM)), "two": ("slots", (5, TEXT_DIM))},
         "sample",
         name=".forward",
@@ -786,7 +801,9 @@ def public_tensor_functions() -> dict[str, Any]:
 def handles_tensors(value: Any) -> bool:
     if not inspect.isclass(value):
         return "Tensor" in str(inspect.signature(value))
-    members = [member for _, member in inspect.getmembers(value, inspect.isfunction) if member.__module__ == value.__module__]
+    members = [
+        member for _, member in inspect.getmembers(value, inspect.isfunction) if member.__module__ == value.__module__
+    ]
     return any("Tensor" in str(inspect.signature(member)) for member in members) or "Tensor" in str(
         getattr(value, "__annotations__", "")
     )

@@ -8,6 +8,7 @@ Published tables are written W x H; every :class:`Bucket` here is ``(height, wid
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -109,9 +110,7 @@ def make_buckets(
         (Bucket(height=704, width=352), Bucket(height=512, width=512))
     """
     if base < 1 or multiple < 1 or not tolerance > 0:
-        raise ValueError(
-            f"base, multiple, tolerance: expected positive numbers, got {base}, {multiple}, {tolerance}"
-        )
+        raise ValueError(f"base, multiple, tolerance: expected positive numbers, got {base}, {multiple}, {tolerance}")
     return tuple(_nearest_canvas(base, width / height, multiple, tolerance) for width, height in _checked(ratios))
 
 
@@ -178,7 +177,7 @@ def assign_buckets(
             aspect, or there is a small image and ``small`` is "error".
 
     Example:
-        >>> assign_buckets([700, 1500, 100], [700, 800, 90], LENS_BUCKETS, small="drop").tolist()
+        >>> assign_buckets([700, 1500, 100], [700, 750, 90], LENS_BUCKETS, small="drop").tolist()
         [4, 18, -1]
     """
     rows, columns = _checked_sizes("heights", heights), _checked_sizes("widths", widths)
@@ -229,14 +228,14 @@ class _Base:
     def build(cls, buckets: Sequence[Bucket], members: list[int]) -> "_Base":
         order = sorted(members, key=lambda member: buckets[member].aspect)
         chosen = [buckets[member] for member in order]
-        for low, high in zip(chosen, chosen[1:], strict=False):
+        for low, high in pairwise(chosen):
             if low.width * high.height == high.width * low.height:
                 raise ValueError(f"buckets: {low} and {high} of one base share an aspect; tell them apart with bases")
         return cls(
             np.array(order, np.int64),
             np.array([bucket.height for bucket in chosen], np.float64),
             np.array([bucket.width for bucket in chosen], np.float64),
-            tuple(_geometric_mean(low, high) for low, high in zip(chosen, chosen[1:], strict=False)),
+            tuple(_geometric_mean(low, high) for low, high in pairwise(chosen)),
         )
 
 
@@ -255,7 +254,7 @@ def _bases(buckets: Sequence[Bucket], bases: Sequence[int] | None) -> list[list[
     order = sorted(range(len(buckets)), key=areas.__getitem__)
     if bases is None:
         groups = [[order[0]]]
-        for previous, member in zip(order, order[1:], strict=False):
+        for previous, member in pairwise(order):
             groups.append([member]) if areas[member] > 1.5 * areas[previous] else groups[-1].append(member)
         return groups
     if len(bases) != len(buckets):

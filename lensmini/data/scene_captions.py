@@ -5,7 +5,7 @@ Every word and every full stop, comma and colon is a token of its own between sp
 """
 
 import random
-from itertools import permutations
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -71,6 +71,7 @@ def describe_scene(
     *,
     density: Density = "dense",
     wording: Wording = "varied",
+    relation: str | None = None,
     generator: torch.Generator | int,
 ) -> str:
     """Describe a scene in words that are true of it.
@@ -84,13 +85,14 @@ def describe_scene(
         density: "dense" or "brief".
         wording: "varied" draws sentence forms and :data:`SYNONYMS`, "plain" always takes the first (the order of
             the objects and the choice of relations stay random).
+        relation: one of :data:`RELATIONS` that a dense caption tells for sure, of the first object to the last.
         generator: a seed, or a CPU generator that is advanced by one draw.
 
     Returns:
         Tokens of :data:`SCENE_VOCABULARY` separated by single spaces.
 
     Raises:
-        ValueError: if ``density`` or ``wording`` is unknown.
+        ValueError: if ``density`` or ``wording`` is unknown, or ``relation`` does not hold.
 
     Example:
         >>> scene = Scene("white", (SceneObject("circle", "red", "large", 0, 1),))
@@ -101,8 +103,10 @@ def describe_scene(
         raise ValueError(
             f'density, wording: expected "dense" or "brief" and "varied" or "plain", got {density!r}, {wording!r}'
         )
+    if relation is not None and relation not in relations_between(scene.objects[0], scene.objects[-1]):
+        raise ValueError(f"relation: expected one that holds of the first object to the last, got {relation!r}")
     writer = _Writer(as_random(generator, "caption"), varied=wording == "varied", grid=scene.grid)
-    return writer.dense(scene) if density == "dense" else writer.brief(scene)
+    return writer.dense(scene, relation) if density == "dense" else writer.brief(scene)
 
 
 def place_name(cell: tuple[int, int], grid: int) -> str:
@@ -142,18 +146,21 @@ class _Writer:
     def say(self, word: str) -> str:
         return self.choose(*SYNONYMS[word])
 
-    def dense(self, scene: Scene) -> str:
+    def dense(self, scene: Scene, relation: str | None) -> str:
         kinds = _kinds(scene)
         sentences = [self.opening(scene), *(self.kind(things) for things in shuffled(self.stream, kinds))]
         unique = [things[0] for things in kinds if len(things) == 1]
-        couples = [(one, other) for one, other in permutations(unique, 2) if relations_between(one, other)]
-        # A third object makes a second relation as likely as not: the chain stays short, tokens are what costs.
-        number = 0 if not couples else 1 + (len(unique) > 2 and self.stream.random() < 0.5)
-        told: set[frozenset[SceneObject]] = set()
-        for one, other in shuffled(self.stream, couples):
-            if len(told) < number and frozenset((one, other)) not in told:
-                told.add(frozenset((one, other)))
-                sentences.append(self.relation(one, other))
+        couples = shuffled(self.stream, list(combinations(unique, 2)))
+        # With three objects a second relation is as likely as not: the chain stays short, tokens are what costs.
+        number = 1 + (len(unique) > 2 and self.stream.random() < 0.5)
+        if relation is not None:
+            ends = (scene.objects[0], scene.objects[-1])
+            sentences.append(self.relation(*ends, relation))
+            couples = [couple for couple in couples if set(couple) != set(ends)]
+            number -= 1
+        for couple in couples[:number]:
+            one, other = shuffled(self.stream, couple)
+            sentences.append(self.relation(one, other, pick(self.stream, relations_between(one, other))))
         return " ".join(sentences)
 
     def opening(self, scene: Scene) -> str:
@@ -184,8 +191,8 @@ class _Writer:
             f"{number} {colour} {shape} , {size} : {where} .",
         )
 
-    def relation(self, one: SceneObject, other: SceneObject) -> str:
-        relation = self.say(pick(self.stream, relations_between(one, other)))
+    def relation(self, one: SceneObject, other: SceneObject, relation: str) -> str:
+        relation = self.say(relation)
         subject, landmark = (f"the {thing.colour} {self.say(thing.shape)}" for thing in (one, other))
         return self.choose(f"{subject} is {relation} {landmark} .", f"{relation} {landmark} is {subject} .")
 
@@ -200,7 +207,6 @@ class _Writer:
         names = [self.alt_name(things) for things in kinds]
         text = self.choose("and", "with").join(f" {name} " for name in names).strip()
         text = self.choose(text, text, text, f"a picture of {text}")
-        # Plain captions too mention the background now and then: what is told is density, not wording.
         return f"{text} on {scene.background}" if self.stream.random() < 0.15 else text
 
     def alt_name(self, things: list[SceneObject]) -> str:

@@ -135,7 +135,9 @@ class Scene:
             raise ValueError(f"grid: expected 2 or 3, got {self.grid}")
         cells = [thing.cell for thing in self.objects]
         if not cells or len(set(cells)) < len(cells) or not all(0 <= i < self.grid for cell in cells for i in cell):
-            raise ValueError(f"objects: expected at least one, in different cells of a grid of {self.grid}, got {cells}")
+            raise ValueError(
+                f"objects: expected at least one, in different cells of a grid of {self.grid}, got {cells}"
+            )
 
 
 Item = TypeVar("Item")
@@ -219,7 +221,7 @@ def sample_scene(
 
 
 def arrange_scene(stream: random.Random, pairs: Sequence[tuple[str, str]], *, grid: int = 2) -> Scene:
-    """Put objects of the given colour-shape pairs anywhere, of any size (equal pairs of one size), on any background."""
+    """Put objects of the given colour-shape pairs into random cells; size (one per pair) and background are random."""
     background = pick(stream, list(BACKGROUNDS))
     sizes = {pair: pick(stream, list(SIZES)) for pair in dict.fromkeys(pairs)}
     cells = shuffled(stream, list(product(range(grid), range(grid))))
@@ -261,7 +263,7 @@ def coverage(shape: str, down: NDArray[np.float32], right: NDArray[np.float32], 
     else:
         above, arm = np.abs(down), _ARM * half
         distance = np.minimum(np.maximum(above - half, aside - arm), np.maximum(above - arm, aside - half))
-    return np.clip(0.5 - distance, 0.0, 1.0)
+    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32, copy=False)
 
 
 def area_share(shape: str) -> float:

@@ -74,7 +74,9 @@ def resize_and_crop(
     if min(sizes.values()) < 1 or not (image.dtype == torch.uint8 or image.is_floating_point()):
         raise ValueError(f"image: expected a non-empty uint8 or floating image, got {image.dtype} {list(image.shape)}")
     if crop not in ("center", "random") or mode not in ("bicubic", "bilinear"):
-        raise ValueError(f'crop, mode: expected "center" or "random" and "bicubic" or "bilinear", got {crop!r}, {mode!r}')
+        raise ValueError(
+            f'crop, mode: expected "center" or "random" and "bicubic" or "bilinear", got {crop!r}, {mode!r}'
+        )
     if crop == "random" and generator is None:
         raise ValueError('generator: expected a torch.Generator with crop="random", got None')
     scale = max(Fraction(bucket.height, sizes["h"]), Fraction(bucket.width, sizes["w"]))
@@ -91,7 +93,9 @@ def resize_and_crop(
 
 def _resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Antialiased resize; uint8 on the CPU has its own kernel, every other case computes in at least float32."""
-    native = image.dtype in (torch.float32, torch.float64) or (image.dtype == torch.uint8 and image.device.type == "cpu")
+    native = image.dtype in (torch.float32, torch.float64) or (
+        image.dtype == torch.uint8 and image.device.type == "cpu"
+    )
     source = image if native else image.float()
     scaled = F.interpolate(source[None], size=size, mode=mode, antialias=True, align_corners=False)[0]
     if native:

@@ -14,6 +14,7 @@ Axes: S joint tokens of the whole batch, b samples, h heads, d head width.
 """
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -76,7 +77,9 @@ def packed_attention(
     if not torch.compiler.is_compiling():
         lengths = tuple(offsets.diff().tolist()) if lengths is None else tuple(lengths)
         if len(lengths) != len(offsets) - 1 or sum(lengths) != sizes["S"] or min(lengths, default=0) < 0:
-            raise ValueError(f"offsets: expected ascending starts of samples that cover {sizes['S']} tokens, got {lengths}")
+            raise ValueError(
+                f"offsets: expected ascending starts of samples that cover {sizes['S']} tokens, got {lengths}"
+            )
     if backend == "auto":
         backend = _choose(query, lengths)
     if backend == "loop" and query.device.type == "cpu":
@@ -96,8 +99,8 @@ def packed_attention(
     attend = _math if backend == "math" else F.scaled_dot_product_attention
     pieces = []
     for run in equal_runs(lengths):
-        parts = [rearrange(x[run.rows], "(r s) h d -> r h s d", r=run.count) for x in (query, key, value)]
-        pieces.append(rearrange(attend(*parts), "r h s d -> (r s) h d"))
+        q, k, v = (rearrange(x[run.rows], "(r s) h d -> r h s d", r=run.count) for x in (query, key, value))
+        pieces.append(rearrange(attend(q, k, v), "r h s d -> (r s) h d"))
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
@@ -115,9 +118,7 @@ def _varlen_obstacle(query: Tensor) -> str | None:
         return f"torch.nn.attention.varlen has CUDA kernels only, and query is on {query.device}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"its kernels take float16 and bfloat16, and query is {query.dtype}"
-    try:
-        import torch.nn.attention.varlen  # noqa: F401, PLC0415
-    except ImportError:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     return None
 
@@ -126,7 +127,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lengths:
     obstacle = _varlen_obstacle(query)
     if obstacle is not None:
         raise ValueError(f'backend: "varlen" cannot run here: {obstacle}')
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415
+    from torch.nn.attention.varlen import varlen_attn
 
     # An upper bound is enough for the kernel's grid, and the token count is a traceable size where lengths are not.
     longest = max(lengths) if lengths is not None else query.shape[0]
@@ -136,7 +137,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lengths:
 
 @functools.cache
 def _compiled_flex():  # noqa: ANN202
-    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
+    from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
@@ -144,26 +145,31 @@ def _compiled_flex():  # noqa: ANN202
 def _flex(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
     if query.device.type != "cuda" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(f'backend: "flex" cannot run here: flex_attention has no backward on {query.device.type}')
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     num_tokens = query.shape[0]
-    samples = torch.searchsorted(offsets, torch.arange(num_tokens, device=query.device, dtype=offsets.dtype), right=True)
+    samples = torch.searchsorted(
+        offsets, torch.arange(num_tokens, device=query.device, dtype=offsets.dtype), right=True
+    )
 
     def same_sample(batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return samples[q_index] == samples[k_index]
 
     mask = create_block_mask(same_sample, None, None, num_tokens, num_tokens, device=str(query.device))
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    result = attend(*(rearrange(x, "s h d -> 1 h s d") for x in (query, key, value)), block_mask=mask)
+    q, k, v = (rearrange(x, "s h d -> 1 h s d") for x in (query, key, value))
+    result: Tensor = attend(q, k, v, block_mask=mask)  # pyright: ignore[reportAssignmentType]
     return rearrange(result, "1 h s d -> s h d")
 
 
 def _xformers(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
     if query.device.type != "cuda":
-        raise ValueError(f'backend: "xformers" cannot run here: its kernels are CUDA only, and query is on {query.device}')
+        raise ValueError(
+            f'backend: "xformers" cannot run here: its kernels are CUDA only, and query is on {query.device}'
+        )
     try:
-        from xformers.ops import memory_efficient_attention  # noqa: PLC0415
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask  # noqa: PLC0415
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
     except ImportError as error:
         raise ValueError('backend: "xformers" is not installed: pip install "lensmini[xformers]"') from error
     bias = BlockDiagonalMask.from_seqlens([length for length in lengths if length], device=query.device)

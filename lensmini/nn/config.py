@@ -99,7 +99,9 @@ class LensConfig:
         settings = {name: value for name, value in values.items() if name not in _IGNORED}
         for name, supported in _FIXED.items():
             if settings.pop(name, supported) is not supported:
-                raise ValueError(f"{name}: only {supported} is supported (no released checkpoint differs), got {values[name]!r}")
+                raise ValueError(
+                    f"{name}: only {supported} is supported (no released checkpoint differs), got {values[name]!r}"
+                )
         inner_dim = settings.pop("inner_dim", None)
         unknown = sorted(set(settings) - {field.name for field in fields(cls)})
         if unknown:

@@ -34,7 +34,10 @@ class SwiGLU(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[..., d]`` to ``[..., d]``."""
         check_shape("hidden_states", hidden_states, "... d", d=self.w1.in_features)
-        return self.w2(silu_gate(self.w1(hidden_states), self.w3(hidden_states)))
+        gate, value = self.w1(hidden_states), self.w3(hidden_states)
+        if torch.is_grad_enabled() or needs_plain_ops():
+            return self.w2(silu_gate(gate, value))
+        return self.w2(F.silu(gate, inplace=True).mul_(value))
 
 
 def silu_gate(gate: Tensor, value: Tensor) -> Tensor:

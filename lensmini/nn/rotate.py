@@ -73,7 +73,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
         # The inverse rotation is the transpose, and a fresh copy may be rotated in place.
         grad = _rotate(grad.to(dtype, copy=True, memory_format=torch.contiguous_format), cos, -sin)
         normed = torch.mul(heads, inverse_rms).contiguous()
-        grad_weight = torch.einsum("tphd,tphd->pd", grad, normed).to(weight.dtype)
+        grad_weight = (grad * normed).sum((0, 2)).to(weight.dtype)
         grad = grad.mul_(weight[:, None].to(dtype))
         along = torch.linalg.vecdot(grad, normed)[..., None].div_(heads.shape[-1])
         grad_heads = grad.addcmul_(normed, along, value=-1).mul_(inverse_rms)

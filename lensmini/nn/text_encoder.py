@@ -331,19 +331,14 @@ def _run_until(decoder: Any, layers: Sequence[int], **inputs: Any) -> list[Tenso
 
 def _find_decoder(model: nn.Module) -> Any:
     """The module that owns the token embedding and the decoder layers, at any depth."""
-    found = [
-        m for m in model.modules() if _is_list(m, "layers") and isinstance(getattr(m, "embed_tokens", None), nn.Module)
-    ]
+    wanted = {"embed_tokens": nn.Module, "layers": nn.ModuleList}
+    found = [m for m in model.modules() if all(isinstance(getattr(m, k, None), kind) for k, kind in wanted.items())]
     if len(found) != 1:
         raise ValueError(
             "model: expected one decoder with embed_tokens and a ModuleList of layers (GPT-OSS, Llama, Qwen, ...), "
             f"got {len(found)} in {type(model).__name__}"
         )
     return found[0]
-
-
-def _is_list(module: nn.Module, name: str) -> bool:
-    return isinstance(getattr(module, name, None), nn.ModuleList)
 
 
 def _pinned_clock(date: str) -> str:

@@ -84,8 +84,16 @@ class LensTransformer(nn.Module):
         config: sizes.
 
     Example:
-        >>> config = LensConfig(num_layers=1, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6),
-        ...                     in_channels=16, out_channels=4, enc_hidden_dim=8, selected_layer_index=(1, 3))
+        >>> config = LensConfig(
+        ...     num_layers=1,
+        ...     num_attention_heads=2,
+        ...     attention_head_dim=16,
+        ...     axes_dims_rope=(4, 6, 6),
+        ...     in_channels=16,
+        ...     out_channels=4,
+        ...     enc_hidden_dim=8,
+        ...     selected_layer_index=(1, 3),
+        ... )
         >>> model = LensTransformer(config)
         >>> features, mask = [torch.randn(2, 5, 8)] * 2, torch.ones(2, 5, dtype=torch.bool)
         >>> model(torch.randn(2, 16, 4, 6), torch.tensor([0.3, 0.9]), features, mask).shape
@@ -98,7 +106,9 @@ class LensTransformer(nn.Module):
         dim = config.inner_dim
         self.rotary = RotaryEmbedding3D(config.axes_dims_rope)
         self.time_text_embed = TimestepEmbedding(dim)
-        self.txt_norm = nn.ModuleList(RMSNorm(config.enc_hidden_dim, eps=TEXT_NORM_EPS) for _ in config.selected_layer_index)
+        self.txt_norm = nn.ModuleList(
+            RMSNorm(config.enc_hidden_dim, eps=TEXT_NORM_EPS) for _ in config.selected_layer_index
+        )
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_in = nn.Linear(config.num_text_layers * config.enc_hidden_dim, dim)
         self.transformer_blocks = nn.ModuleList(
@@ -108,7 +118,9 @@ class LensTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.output_dim)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, *, gate: float = 0.0, device: torch.device | str | None = None) -> "LensTransformer":
+    def init_weights(
+        self, seed: int, *, gate: float = 0.0, device: torch.device | str | None = None
+    ) -> "LensTransformer":
         """Fill every parameter for training from scratch, each from ``seed`` and its own name alone.
 
         The paper does not state its initialisation; this is adaLN-zero (arXiv 2212.09748): Xavier-uniform linears with
@@ -124,7 +136,9 @@ class LensTransformer(nn.Module):
             The model itself.
 
         Example:
-            >>> config = LensConfig(num_layers=1, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6))
+            >>> config = LensConfig(
+            ...     num_layers=1, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+            ... )
             >>> with torch.device("meta"):
             ...     model = LensTransformer(config)
             >>> bool(model.init_weights(0).proj_out.weight.any())

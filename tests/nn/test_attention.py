@@ -109,9 +109,7 @@ def test_poison_in_one_sample_stays_there(backend: AttentionBackend, seed: int, 
 def test_a_sample_does_not_depend_on_its_mates_bit_for_bit_at_equal_shapes(
     backend: AttentionBackend, seed: int, lengths: list[int]
 ) -> None:
-    inputs, others = (
-        [x.detach() for x in draw(s, sum(lengths), torch.float32)] for s in (seed, (seed + 1) % 2**32)
-    )
+    inputs, others = ([x.detach() for x in draw(s, sum(lengths), torch.float32)] for s in (seed, (seed + 1) % 2**32))
     mine = slice(0, lengths[0])
     for x, other in zip(inputs, others, strict=True):
         other[mine] = x[mine]
@@ -120,7 +118,7 @@ def test_a_sample_does_not_depend_on_its_mates_bit_for_bit_at_equal_shapes(
 
 
 @given(seed=SEEDS, lengths=LENGTHS, order=st.randoms(use_true_random=False))
-def test_permuting_samples_permutes_results(seed: int, lengths: list[int], order) -> None:  # noqa: ANN001
+def test_permuting_samples_permutes_results(seed: int, lengths: list[int], order) -> None:
     inputs = draw(seed, sum(lengths))
     permutation = list(range(len(lengths)))
     order.shuffle(permutation)
@@ -152,7 +150,7 @@ def test_samples_of_one_length_never_meet_a_mask(backend: AttentionBackend, monk
     masks = []
     original = F.scaled_dot_product_attention
 
-    def spy(*args: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:  # noqa: ANN003
+    def spy(*args: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:
         masks.append(args[3] if len(args) > 3 else attn_mask)
         return original(*args, attn_mask=attn_mask, **kwargs)
 
@@ -166,7 +164,9 @@ def test_samples_of_one_length_never_meet_a_mask(backend: AttentionBackend, monk
 
 
 @needs_no_gpu
-@pytest.mark.parametrize(("backend", "reason"), [("varlen", "CUDA"), ("xformers", "CUDA"), ("flex", "no backward on cpu")])
+@pytest.mark.parametrize(
+    ("backend", "reason"), [("varlen", "CUDA"), ("xformers", "CUDA"), ("flex", "no backward on cpu")]
+)
 def test_a_backend_that_cannot_run_here_says_why(backend: AttentionBackend, reason: str) -> None:
     with pytest.raises(ValueError, match=f'"{backend}" cannot run here.*{reason}'):
         packed_attention(*draw(0, 5), offsets_of([2, 3]), backend=backend)

@@ -33,7 +33,9 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 @given(SEEDS, st.integers(1, 9), st.sampled_from([1e-6, 1e-5, 0.1]), st.sampled_from([1e-4, 1.0, 1e4]))
 def test_rms_norm_equals_the_reference_at_every_magnitude(seed: int, dim: int, eps: float, size: float) -> None:
     x, weight = size * randn(seed, 4, dim), randn(seed + 1, dim)
-    torch.testing.assert_close(rms_normalise(x, weight, eps=eps), reference.rms_norm(x, weight, eps), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        rms_normalise(x, weight, eps=eps), reference.rms_norm(x, weight, eps), rtol=1e-12, atol=0
+    )
 
 
 def test_rms_norm_module_has_the_eps_it_was_given_and_starts_at_one() -> None:

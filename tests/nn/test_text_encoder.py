@@ -21,7 +21,8 @@ VOCABULARY = 160
 SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
 WORDS = ["a", "red", "blue", "cube", "circle", "left", "of", "two", "big", "paper"]
 
-# In the manner of harmony: the date inside a macro, system text under a heading, thinking on its own channel.
+# In the manner of harmony: the date inside a macro, system text under a heading, thinking on its own channel and only
+# where the assistant's turn is not a prompt for the next.
 TEMPLATE = """
 {%- macro preamble() -%}
     {{- "You are a model.\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n" }}
@@ -33,10 +34,12 @@ TEMPLATE = """
     {%- elif message.role == "user" -%}
         {{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
     {%- else -%}
-        {%- if message.thinking -%}
+        {%- if add_generation_prompt -%}
+            {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}
+        {%- else -%}
             {{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
+            {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
         {%- endif -%}
-        {{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{- "<|start|>assistant" }}{%- endif -%}

@@ -1,0 +1,575 @@
+"""Seeded mistakes, planted one at a time in a copy of the library, and the quick tests that have to notice each.
+
+``python -m tests.mutations`` runs them all and prints one line of JSON: exit codes by name. Every mistake runs in a
+fork of a process that has imported torch but not the library, so that one mistake costs about two seconds.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["MUTATIONS", "Mutation", "apply", "run_all"]
+
+ROOT = Path(__file__).parents[1]
+UNTOUCHED = "untouched"
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One mistake: a fragment that occurs once in a file of the library, what replaces it, and who notices."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+ALONE = "tests/nn/test_golden.py::test_published_velocity_of_each_sample_alone"
+TOGETHER = "tests/nn/test_golden.py::test_published_velocity_from_tensor_list_and_packed_input"
+GRADIENTS = "tests/nn/test_golden.py::test_published_gradients"
+RUN = "tests/nn/test_golden.py::test_published_sampling_run"
+PARTS = "tests/nn/test_components.py::"
+MODEL = "tests/nn/test_transformer.py::"
+ATTENTION = "tests/nn/test_attention.py::"
+SOFTMAX = ATTENTION + "test_backend_equals_a_written_out_softmax_in_values_and_gradients"
+FORWARD_MODE = MODEL + "test_plain_operations_of_forward_mode_equal_the_fused_ones_in_gradients"
+PACKED = "tests/test_packed.py::"
+PATHS = "tests/test_paths.py::"
+SAMPLING = "tests/test_sampling.py"
+TIMES = "tests/objectives/test_times.py::"
+LOSS = "tests/objectives/test_flow_matching.py::"
+
+MUTATIONS = [
+    # Epsilons
+    Mutation("text norm epsilon", "nn/fusion.py", "TEXT_NORM_EPS = 1e-5", "TEXT_NORM_EPS = 1e-6", (ALONE,)),
+    Mutation(
+        "query and key norm epsilon",
+        "nn/blocks.py",
+        "JointAttention(dim, num_heads, eps=eps)",
+        "JointAttention(dim, num_heads, eps=1e-5)",
+        (ALONE,),
+    ),
+    Mutation(
+        "block norm epsilon",
+        "nn/blocks.py",
+        "self.img_norm1 = RMSNorm(dim, eps=eps)",
+        "self.img_norm1 = RMSNorm(dim, eps=1e-5)",
+        (ALONE,),
+    ),
+    Mutation("output norm epsilon", "nn/transformer.py", "OUTPUT_NORM_EPS = 1e-6", "OUTPUT_NORM_EPS = 1e-4", (ALONE,)),
+    Mutation(
+        "normaliser epsilon",
+        "nn/latents.py",
+        "(self.var.to(dtype) + self.eps).sqrt()",
+        "self.var.to(dtype).sqrt()",
+        ("tests/nn/test_latents.py::test_published_latents_decode_to_the_autoencoders",),
+    ),
+    # Normalisation and modulation
+    Mutation(
+        "norm without the square root",
+        "nn/norm.py",
+        "torch.rsqrt(values.square()",
+        "torch.reciprocal(values.square()",
+        (PARTS + "test_rms_norm_equals_the_reference_at_every_magnitude",),
+    ),
+    Mutation(
+        "norm rounds after the weight",
+        "nn/norm.py",
+        "values.to(hidden_states.dtype) * weight",
+        "(values * weight.float()).to(hidden_states.dtype)",
+        (PARTS + "test_rms_norm_in_bf16_rounds_before_the_weight_is_applied",),
+    ),
+    Mutation(
+        "shift and scale swapped",
+        "nn/blocks.py",
+        "image_mod[0], image_mod[1]",
+        "image_mod[1], image_mod[0]",
+        (ALONE,),
+    ),
+    Mutation(
+        "attention gate is the MLP's", "nn/blocks.py", "image_out, image_mod[2]", "image_out, image_mod[5]", (ALONE,)
+    ),
+    Mutation(
+        "text MLP gate is the attention's",
+        "nn/blocks.py",
+        "self.txt_mlp(text_in), text_mod[5]",
+        "self.txt_mlp(text_in), text_mod[2]",
+        (ALONE,),
+    ),
+    Mutation("second norm is the first", "nn/blocks.py", "_norm(self.img_norm2", "_norm(self.img_norm1", (ALONE,)),
+    Mutation(
+        "modulation without SiLU",
+        "nn/blocks.py",
+        "self.img_mod = nn.Sequential(nn.SiLU(),",
+        "self.img_mod = nn.Sequential(nn.Identity(),",
+        (ALONE,),
+    ),
+    Mutation(
+        "scale without the one",
+        "nn/modulation.py",
+        "weight.to(dtype) * (1 + scale.to(dtype))",
+        "weight.to(dtype) * scale.to(dtype)",
+        (ALONE,),
+    ),
+    Mutation(
+        "traced path: scale without the one",
+        "nn/modulation.py",
+        "normed * (1 + layout.expand(scale, stream))",
+        "normed * layout.expand(scale, stream)",
+        (FORWARD_MODE,),
+    ),
+    Mutation(
+        "norm's gradient without its projection",
+        "nn/modulation.py",
+        "weighted.addcmul_(normed, along, value=-1)",
+        "weighted",
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "gate's gradient lacks the update",
+        "nn/modulation.py",
+        "torch.mul(grad_i, update_i, out=grad_update_i)",
+        "torch.mul(grad_i, 1, out=grad_update_i)",
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "scale's gradient lacks the norm's weight",
+        "nn/modulation.py",
+        "(grad_gain * weight.to(dtype)).to(scale.dtype)",
+        "grad_gain.to(scale.dtype)",
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "output shift before scale",
+        "nn/transformer.py",
+        "scale, shift = modulation.unbind(1)",
+        "shift, scale = modulation.unbind(1)",
+        (ALONE,),
+    ),
+    Mutation(
+        "output modulation without SiLU",
+        "nn/transformer.py",
+        "self.linear(F.silu(temb))",
+        "self.linear(temb)",
+        (ALONE,),
+    ),
+    # Attention
+    Mutation(
+        "query, key and value interleaved per head",
+        "nn/blocks.py",
+        ".unflatten(-1, (3, self.num_heads, -1))",
+        ".unflatten(-1, (self.num_heads, 3, -1)).transpose(1, 2)",
+        (ALONE,),
+    ),
+    Mutation(
+        "text has the image's query and key norms",
+        "nn/blocks.py",
+        "(self.norm_added_q, self.norm_added_k)",
+        "(self.norm_q, self.norm_k)",
+        (ALONE,),
+    ),
+    Mutation(
+        "text is skipped one block early",
+        "nn/transformer.py",
+        "skip_text = index == last",
+        "skip_text = index >= last - 1",
+        (ALONE,),
+    ),
+    Mutation("softmax scale", "nn/attention.py", "query.shape[-1] ** -0.5", "query.shape[-1] ** -1.0", (SOFTMAX,)),
+    Mutation(
+        "padded keys are not masked",
+        "nn/attention.py",
+        "(valid | (count == 0)[:, None])[:, None, None] if ragged else None",
+        "None",
+        (SOFTMAX,),
+    ),
+    Mutation(
+        "samples of a batch see each other",
+        "packed.py",
+        "joint_offsets=_offsets([n + l for n, l in zip(image_counts, text_counts, strict=True)])",
+        "joint_offsets=_offsets([sum(image_counts) + sum(text_counts)] + [0] * (num - 1))",
+        (TOGETHER,),
+    ),
+    Mutation(
+        "joined keys are out of step with their samples",
+        "nn/joint.py",
+        "return torch.cat([piece for pair in pieces for piece in pair])",
+        "return torch.cat([image, text])",
+        (TOGETHER,),
+    ),
+    # Positions
+    Mutation(
+        "odd sides are centred by their floor",
+        "nn/rope.py",
+        "(height - height // 2)",
+        "(height // 2)",
+        (PARTS + "test_published_rope_tables_and_rotation",),
+    ),
+    Mutation(
+        "text starts at the shorter side",
+        "nn/rope.py",
+        "torch.maximum(height // 2, width // 2)",
+        "torch.minimum(height // 2, width // 2)",
+        (PARTS + "test_published_rope_tables_and_rotation",),
+    ),
+    Mutation(
+        "text starts one later",
+        "nn/rope.py",
+        "text = start + layout.text_positions",
+        "text = start + layout.text_positions + 1",
+        (PARTS + "test_published_rope_tables_and_rotation",),
+    ),
+    Mutation(
+        "holes in the mask close up",
+        "packed.py",
+        "text_samples, text_positions = mask.cpu().nonzero(as_tuple=True)",
+        "text_samples = mask.cpu().nonzero(as_tuple=True)[0]; text_positions = (mask.cpu().cumsum(1) - 1)[mask.cpu()]",
+        (ALONE,),
+    ),
+    Mutation(
+        "rotation by halves of the head",
+        "nn/rope.py",
+        "heads.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)",
+        "heads.to(dtype).unflatten(-1, (2, -1)).unbind(-2)",
+        (PARTS + "test_published_rope_tables_and_rotation",),
+    ),
+    Mutation(
+        "rotation in the other direction",
+        "nn/rope.py",
+        "[real * cos - imaginary * sin, real * sin + imaginary * cos]",
+        "[real * cos + imaginary * sin, imaginary * cos - real * sin]",
+        (PARTS + "test_apply_rotary_is_multiplication_of_complex_neighbours",),
+    ),
+    Mutation("rotation's gradient turns forwards", "nn/rotate.py", "cos, -sin)", "cos, sin)", (GRADIENTS,)),
+    # Time
+    Mutation(
+        "sine before cosine",
+        "nn/embeddings.py",
+        "[angles.cos(), angles.sin()]",
+        "[angles.sin(), angles.cos()]",
+        (ALONE,),
+    ),
+    Mutation(
+        "time not times 1000", "nn/embeddings.py", "NUM_TRAIN_TIMESTEPS = 1000", "NUM_TRAIN_TIMESTEPS = 1", (ALONE,)
+    ),
+    Mutation(
+        "frequencies reach their end",
+        "nn/embeddings.py",
+        "(-math.log(max_period) / (dim // 2))",
+        "(-math.log(max_period) / (dim // 2 - 1))",
+        (PARTS + "test_sinusoid_equals_the_reference_in_float64",),
+    ),
+    # MLP and text
+    Mutation(
+        "the MLP's halves are swapped",
+        "nn/mlp.py",
+        "silu_gate(self.w1(hidden_states), self.w3(hidden_states))",
+        "silu_gate(self.w3(hidden_states), self.w1(hidden_states))",
+        (ALONE,),
+    ),
+    Mutation(
+        "MLP width rounded before it is multiplied",
+        "nn/config.py",
+        "8 * self.inner_dim // 3",
+        "self.inner_dim // 3 * 8",
+        (ALONE,),
+    ),
+    Mutation(
+        "text layers joined in reverse",
+        "nn/fusion.py",
+        "projection(normed.flatten(1))",
+        "projection(normed.flip(1).flatten(1))",
+        (PARTS + "test_text_fusion_equals_the_reference",),
+    ),
+    Mutation(
+        "text layers share the first norm",
+        "nn/fusion.py",
+        "torch.stack([norm.weight for norm in norms])",
+        "torch.stack([norms[0].weight for norm in norms])",
+        (PARTS + "test_text_fusion_equals_the_reference",),
+    ),
+    Mutation(
+        "fused matrices start as one",
+        "nn/initialise.py",
+        "shape[0] // 3 if",
+        "shape[0] if",
+        (MODEL + "test_init_weights_has_the_documented_statistics",),
+    ),
+    # Packing
+    Mutation(
+        "images are packed column by column",
+        "packed.py",
+        '"b c h w -> (b h w) c"',
+        '"b c h w -> (b w h) c"',
+        (PACKED + "test_a_batch_packs_like_the_list_of_its_images",),
+    ),
+    Mutation(
+        "text comes before the image",
+        "packed.py",
+        "torch.cat([2 * image_samples, 2 * text_samples + 1])",
+        "torch.cat([2 * image_samples + 1, 2 * text_samples])",
+        (PACKED + "test_the_joint_order_is_image_then_text_of_each_sample",),
+    ),
+    Mutation(
+        "the mean runs over the batch",
+        "packed.py",
+        "torch.stack([piece.mean() for piece in values.split(self.image_lengths)])",
+        "torch.stack([values.mean() for piece in values.split(self.image_lengths)])",
+        (PACKED + "test_mean_is_the_mean_over_tokens_and_trailing_axes",),
+    ),
+    # Paths, losses, times
+    Mutation(
+        "velocity points to the data",
+        "paths.py",
+        "return (noise - latents)",
+        "return (latents - noise)",
+        (PATHS + "test_the_velocity_is_the_derivative_of_the_path_in_time",),
+    ),
+    Mutation(
+        "data and noise swapped on the path",
+        "paths.py",
+        "(1 - time) * latents + time * noise",
+        "time * latents + (1 - time) * noise",
+        (PATHS + "test_time_zero_is_the_data_and_time_one_the_noise_bit_for_bit",),
+    ),
+    Mutation(
+        "clean prediction walks away",
+        "paths.py",
+        "(noisy - expand_time(t, noisy, layout=layout) * velocity)",
+        "(noisy + expand_time(t, noisy, layout=layout) * velocity)",
+        (PATHS + "test_the_velocity_leads_back_to_both_ends_of_the_path",),
+    ),
+    Mutation(
+        "the loss is a sum",
+        "objectives/flow_matching.py",
+        "squared.flatten(1).mean(1)",
+        "squared.flatten(1).sum(1)",
+        (LOSS + "test_every_sample_gets_its_own_mean_squared_error",),
+    ),
+    Mutation(
+        "the loss is reduced over the batch",
+        "objectives/flow_matching.py",
+        "squared.flatten(1).mean(1)",
+        "squared.mean().expand(len(squared))",
+        (LOSS + "test_every_sample_gets_its_own_mean_squared_error",),
+    ),
+    Mutation(
+        "times lean to the clean side",
+        "objectives/times.py",
+        "torch.sigmoid(mu + std * normal)",
+        "torch.sigmoid(-mu + std * normal)",
+        (TIMES + "test_the_law_is_logit_normal",),
+    ),
+    Mutation(
+        "times ignore the spread",
+        "objectives/times.py",
+        "torch.sigmoid(mu + std * normal)",
+        "torch.sigmoid(mu + normal)",
+        (TIMES + "test_the_law_is_logit_normal",),
+    ),
+    Mutation(
+        "training centre rises too fast",
+        "objectives/times.py",
+        "return 1.0 + 0.3 * (num_tokens - 256) / 3840",
+        "return 1.0 + 0.3 * num_tokens / 3840",
+        (TIMES + "test_the_published_centres",),
+    ),
+    Mutation(
+        "averages take the other weight",
+        "averaging.py",
+        "_foreach_lerp_(targets, aligned, weight)",
+        "_foreach_lerp_(targets, aligned, 1 - weight)",
+        ("tests/test_averaging.py::test_one_step_is_the_weighted_mean_of_old_and_new",),
+    ),
+    # Sampling
+    Mutation(
+        "shift does not depend on the steps",
+        "sampling.py",
+        "return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)",
+        "return at_200",
+        (RUN,),
+    ),
+    Mutation(
+        "shift bends at 4096 tokens",
+        "sampling.py",
+        "num_tokens > 4300",
+        "num_tokens > 4000",
+        (SAMPLING + " -k released_schedule",),
+    ),
+    Mutation(
+        "grid shifted to the clean side", "sampling.py", "scale = shifts.exp()", "scale = (-shifts).exp()", (RUN,)
+    ),
+    Mutation(
+        "guidance swaps its halves",
+        "sampling.py",
+        "without + scale * (wanted - without)",
+        "wanted + scale * (without - wanted)",
+        (RUN,),
+    ),
+    Mutation("guidance without rescaling", "sampling.py", "if rescale:", "if not rescale:", (RUN,)),
+    Mutation(
+        "guidance takes the unconditional norm",
+        "sampling.py",
+        "torch.linalg.vector_norm(wanted, dim=channel_dim",
+        "torch.linalg.vector_norm(without, dim=channel_dim",
+        (RUN,),
+    ),
+    Mutation(
+        "Euler steps backwards",
+        "sampling.py",
+        "return (noisy + (there - here) * velocity).to(noisy.dtype)",
+        "return (noisy - (there - here) * velocity).to(noisy.dtype)",
+        (RUN,),
+    ),
+    Mutation(
+        "Heun takes the second velocity alone",
+        "sampling.py",
+        "(first.to(dtype) + second.to(dtype)) / 2",
+        "second.to(dtype)",
+        (SAMPLING + " -k trapezoidal",),
+    ),
+    Mutation(
+        "dpm2 corrects the other way",
+        "sampling.py",
+        "weight = (1 - there / here) * ratio / 2",
+        "weight = (there / here - 1) * ratio / 2",
+        (SAMPLING + " -k papers_multistep",),
+    ),
+    # Latents
+    Mutation(
+        "patch positions before channels",
+        "nn/latents.py",
+        '"b c (h dy) (w dx) -> b (c dy dx) h w"',
+        '"b c (h dy) (w dx) -> b (dy dx c) h w"',
+        ("tests/nn/test_latents.py::test_the_layout_is_the_published_one",),
+    ),
+    Mutation(
+        "columns of a patch before rows",
+        "nn/latents.py",
+        '"b (c dy dx) h w -> b c (h dy) (w dx)"',
+        '"b (c dx dy) h w -> b c (h dy) (w dx)"',
+        ("tests/nn/test_latents.py::test_published_latents_decode_to_the_autoencoders",),
+    ),
+    Mutation(
+        "grey levels are rounded",
+        "nn/autoencoder.py",
+        "* 127.5).to(torch.uint8)",
+        "* 127.5).round().to(torch.uint8)",
+        ("tests/nn/test_autoencoder.py::test_quantising_truncates_and_clamps",),
+    ),
+]
+
+
+def apply(mutation: Mutation | None, folder: Path) -> None:
+    """Copy the library below ``folder`` and plant the mistake in the copy."""
+    shutil.copytree(ROOT / "lensmini", folder / "lensmini", ignore=shutil.ignore_patterns("__pycache__"))
+    if mutation is None:
+        return
+    path = folder / "lensmini" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(
+            f"{mutation.name}: expected {mutation.old!r} once in {mutation.file}, got {text.count(mutation.old)}"
+        )
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def _arguments(tests: tuple[str, ...]) -> list[str]:
+    return ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line", *" ".join(tests).split()]
+
+
+def _child(mutation: Mutation | None, tests: tuple[str, ...], folder: Path) -> int:
+    """Inside the fork: import the copy before pytest can find the original, and run the tests against it."""
+    import pytest
+
+    apply(mutation, folder)
+    sys.path.insert(0, str(folder))
+    import lensmini
+
+    if Path(lensmini.__file__).parent != folder / "lensmini":
+        return 90
+    code = int(pytest.main(_arguments(tests)))
+    strangers = [
+        name for name, module in sys.modules.items() if name.startswith("lensmini.") and _is_stranger(module, folder)
+    ]
+    return 91 if strangers else code
+
+
+def _is_stranger(module: object, folder: Path) -> bool:
+    return not str(getattr(module, "__file__", "")).startswith(str(folder))
+
+
+def _start(mutation: Mutation | None, tests: tuple[str, ...], log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 92
+    try:
+        with log.open("w") as stream, tempfile.TemporaryDirectory() as folder:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            signal.alarm(TIMEOUT_S)
+            code = _child(mutation, tests, Path(folder))
+    except BaseException:  # the fork must never return into the caller's stack
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def run_all(names: list[str] | None = None, *, jobs: int = 2) -> dict[str, dict[str, object]]:
+    """Run the untouched copy and every mistake; exit code 1 of pytest means that a test failed, as it should."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        _preload()
+    everything = tuple(dict.fromkeys(test for m in MUTATIONS for test in m.tests if " " not in test))
+    selected = tuple(dict.fromkeys(test for m in MUTATIONS for test in m.tests if " " in test))
+    queue: list[tuple[str, Mutation | None, tuple[str, ...]]] = [(UNTOUCHED, None, everything)]
+    queue += [(f"{UNTOUCHED} {i}", None, (test,)) for i, test in enumerate(selected)]
+    queue += [(m.name, m, m.tests) for m in MUTATIONS]
+    if names:
+        queue = [item for item in queue if item[0] in names]
+    results: dict[str, dict[str, object]] = {}
+    running: dict[int, tuple[str, Path]] = {}
+    with tempfile.TemporaryDirectory() as logs:
+        for index, (name, mutation, tests) in enumerate(queue):
+            if len(running) >= jobs:
+                _collect(running, results)
+            log = Path(logs) / f"{index}.txt"
+            running[_start(mutation, tests, log)] = (name, log)
+        while running:
+            _collect(running, results)
+    return results
+
+
+def _collect(running: dict[int, tuple[str, Path]], results: dict[str, dict[str, object]]) -> None:
+    pid, status = os.waitpid(-1, 0)
+    name, log = running.pop(pid)
+    results[name] = {"code": os.waitstatus_to_exitcode(status), "log": log.read_text()[-3000:]}
+
+
+def _preload() -> None:
+    """Import what is slow to import once, before forking; nothing of the library."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import torch
+    import torch._dynamo
+    import torch.distributed.tensor
+    import torch.nn.attention.flex_attention
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    os.environ["HYPOTHESIS_PROFILE"] = "dev"
+    os.chdir(ROOT)
+    print(json.dumps(run_all(sys.argv[1:])))

@@ -198,6 +198,13 @@ def train_flops(
 
     Raises:
         ValueError: as :func:`operation_flops`, or if ``recompute`` is unknown.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sizes = dict(num_layers=48, inner_dim=1536, mlp_dim=4096, num_attention_heads=24, attention_head_dim=64)
+        >>> sizes |= dict(in_channels=128, out_channels=32, patch_size=2, enc_hidden_dim=2880, num_text_layers=4)
+        >>> train_flops(SimpleNamespace(**sizes), np.array([256, 4096]), 150) / 1e12
+        array([ 3.5, 50.6])
     """
     _check_recompute(recompute)
     return (4 if recompute == "full" else 3) * forward_flops(config, image_tokens, text_tokens, text_tail=text_tail)
@@ -211,6 +218,13 @@ def parameter_count(config: ModelSize) -> int:
 
     Returns:
         The count.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sizes = dict(num_layers=48, inner_dim=1536, mlp_dim=4096, num_attention_heads=24, attention_head_dim=64)
+        >>> sizes |= dict(in_channels=128, out_channels=32, patch_size=2, enc_hidden_dim=2880, num_text_layers=4)
+        >>> parameter_count(SimpleNamespace(**sizes))
+        4104225152
     """
     d, text = config.inner_dim, config.num_text_layers * config.enc_hidden_dim
     qkv, attention_out, modulation = _linear(d, 3 * d), _linear(d, d), _linear(d, 6 * d)

@@ -216,7 +216,8 @@ def dpm2(
         ``x + (t' - t) v + (1 - t'/t) * h / (2 h_previous) * (x0 - x0_previous)``
 
     with h the step in ``log((1 - t) / t)``. The correction is dropped, which leaves Euler, on the first step and
-    wherever a logarithm is infinite: on the last step (``t' = 0``) and right after a step from t = 1.
+    wherever a logarithm is infinite: on the last step (``t' = 0``) and right after a step from t = 1. Grids that
+    reach those ends have error h^2 log(1/h).
 
     Args:
         noisy: ``[b, ...]``, or ``[N, c]`` with ``layout``; the state at ``t``.

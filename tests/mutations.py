@@ -273,8 +273,8 @@ MUTATIONS = [
     Mutation(
         "the MLP's halves are swapped",
         "nn/mlp.py",
-        "silu_gate(self.w1(hidden_states), self.w3(hidden_states))",
-        "silu_gate(self.w3(hidden_states), self.w1(hidden_states))",
+        "gate, value = self.w1(hidden_states), self.w3(hidden_states)",
+        "gate, value = self.w3(hidden_states), self.w1(hidden_states)",
         (ALONE,),
     ),
     Mutation(
@@ -304,6 +304,27 @@ MUTATIONS = [
         "shape[0] // 3 if",
         "shape[0] if",
         (MODEL + "test_init_weights_has_the_documented_statistics",),
+    ),
+    Mutation(
+        "every parameter draws from one stream",
+        "nn/initialise.py",
+        'f"{seed}:{name}"',
+        'f"{seed}"',
+        (MODEL + "test_init_weights_gives_the_same_weights_from_meta_and_twice",),
+    ),
+    Mutation(
+        "the initial gate is set on the shifts",
+        "nn/initialise.py",
+        "vectors[[2, 5]] = gate",
+        "vectors[[0, 3]] = gate",
+        (MODEL + "test_gate_of_init_weights_opens_every_block",),
+    ),
+    Mutation(
+        "text captured after the last block is not finished",
+        "nn/transformer.py",
+        "skip_text = index == last and index not in captured_blocks",
+        "skip_text = index == last",
+        (MODEL + "test_capturing_blocks_does_not_change_the_output_and_an_early_stop_sees_the_same",),
     ),
     # Packing
     Mutation(

@@ -141,6 +141,7 @@ def test_training_goes_on_through_the_average():
         ({"a": (2,)}, {"b": (2,)}, 0.5, r"lacks \['a'\] and has besides \['b'\]"),
         ({"a": (2,)}, {"a": (2,), "b": (2,)}, 0.5, r"lacks \[\] and has besides \['b'\]"),
         ({"a": (2,), "b": (3,)}, {"a": (2,), "b": (1,)}, 0.5, r"b: \[3\] against \[1\]"),
+        ({"a": (4, 1)}, {"a": (1, 4)}, 1.0, r"a: \[4, 1\] against \[1, 4\]"),
         ({"a": (2,)}, {"a": (2,)}, 1.5, r"weight: expected a number in \[0, 1\], got 1.5"),
         ({"a": (2,)}, {"a": (2,)}, -0.1, "weight"),
         ({"a": (2,)}, {"a": (2,)}, float("nan"), "weight"),

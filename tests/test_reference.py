@@ -61,8 +61,8 @@ def test_reference_reproduces_the_published_gradients() -> None:
 
 def test_reference_reproduces_the_published_rope_tables_and_rotation() -> None:
     tensors, meta = golden("rope_a")
+    axes = tuple(meta["axes_dims_rope"])
     for grid in meta["grids"]:
-        axes = tuple(meta["axes_dims_rope"])
         angles = reference.rope_angles(grid["height"], grid["width"], grid["text_len"], axes, meta["theta"])
         for stream, rows in zip(("img", "txt"), angles, strict=True):
             table = torch.tensor(rows, dtype=torch.float64)

@@ -89,15 +89,16 @@ def make_buckets(
 
     The rule: of all sides that are multiples of ``multiple`` and whose area is within ``tolerance`` of
     ``base ** 2``, take the aspect nearest to the ratio in log; among equally near ones the nearest area in log,
-    then the narrower. The rule is ours, the paper states only the result: with the defaults, bases 512, 768 and
-    1024 give :data:`LENS_BUCKETS` exactly. It does NOT give :data:`LENS_1440_BUCKETS` (for 1:2 it makes
-    2048 x 1024, the table has 2080 x 1040), which are the 1024 table scaled by 1440 / 1024.
+    then the narrower. An aspect further off than ``tolerance`` in log is not taken. The rule is ours, the paper
+    states only the result: with the defaults, bases 512, 768 and 1024 give :data:`LENS_BUCKETS` exactly. It does
+    NOT give :data:`LENS_1440_BUCKETS` (for 1:2 it makes 2048 x 1024, the table has 2080 x 1040), which are the 1024
+    table scaled by 1440 / 1024.
 
     Args:
         base: side of the square canvas in pixels.
         ratios: k pairs (width, height) of positive numbers.
         multiple: every side is a multiple of it, in pixels.
-        tolerance: largest relative difference of an area from ``base ** 2``.
+        tolerance: largest relative difference of an area from ``base ** 2``, and of an aspect from its ratio in log.
 
     Returns:
         k buckets, in the order of ``ratios``.
@@ -122,21 +123,25 @@ def _checked(ratios: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
 
 def _nearest_canvas(base: int, aspect: float, multiple: int, tolerance: float) -> Bucket:
     area = base * base
-    # An aspect further off than one grid step of either side cannot win, so rows near the ideal height suffice.
     ideal = base / math.sqrt(aspect) / multiple
+    # height^2 = area / aspect bounds the rows to look at.
+    lowest = ideal * math.sqrt(max(0.0, 1 - tolerance)) * math.exp(-tolerance / 2)
+    highest = ideal * math.sqrt(1 + tolerance) * math.exp(tolerance / 2)
     found: list[tuple[float, float, int, Bucket]] = []
-    for row in range(max(1, math.floor(ideal * 0.7)), math.ceil(ideal * 1.4) + 1):
+    for row in range(max(1, math.floor(lowest)), math.ceil(highest) + 1):
         height = row * multiple
         first = max(1, math.ceil(area * (1 - tolerance) / height / multiple))
         last = math.floor(area * (1 + tolerance) / height / multiple)
         for column in range(first, last + 1):
             bucket = Bucket(height, column * multiple)
             off = abs(math.log(bucket.aspect / aspect))
-            found.append((round(off, 9), round(abs(math.log(height * bucket.width / area)), 9), bucket.width, bucket))
+            if off <= tolerance:
+                size = abs(math.log(height * bucket.width / area))
+                found.append((round(off, 9), round(size, 9), bucket.width, bucket))
     if not found:
         raise ValueError(
-            f"tolerance: no canvas of aspect near {aspect:.4g} with sides in multiples of {multiple} has an area "
-            f"within {tolerance} of {base}^2; raise tolerance or lower multiple"
+            f"tolerance: no canvas with sides in multiples of {multiple} is within {tolerance} of both the area "
+            f"{base}^2 and the aspect {aspect:.4g}; raise tolerance or lower multiple"
         )
     return min(found, key=lambda item: item[:3])[3]
 

@@ -45,7 +45,12 @@ _NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True, slots=True)
 class ScenePrompt:
-    """A request, its questions, and one scene that fulfils it."""
+    """A request, its questions, and one scene that fulfils it.
+
+    Example:
+        >>> [prompt.kind for prompt in build_scene_prompts(1, 0)]
+        ['single', 'two', 'count', 'position', 'relation', 'whole']
+    """
 
     kind: str
     text: str
@@ -58,7 +63,12 @@ class ScenePrompt:
 
 @dataclass(frozen=True, slots=True)
 class KindScore:
-    """Means over the prompts of one kind."""
+    """Means over the prompts of one kind.
+
+    Example:
+        >>> KindScore(strict=0.25, atom=0.5, loose=0.75, num=4).strict
+        0.25
+    """
 
     strict: float
     """Share of prompts of which every question is right."""
@@ -71,7 +81,13 @@ class KindScore:
 
 @dataclass(frozen=True, slots=True)
 class SuiteScore:
-    """Scores by kind and their plain means over the kinds."""
+    """Scores by kind and their plain means over the kinds.
+
+    Example:
+        >>> score = SuiteScore({"two": KindScore(0.5, 0.6, 0.7, 8), "whole": KindScore(0.0, 0.2, 0.3, 8)}, ())
+        >>> score.strict, round(score.strict_error, 3)
+        (0.25, 0.088)
+    """
 
     by_kind: dict[str, KindScore]
     reports: tuple[VerdictReport, ...]

@@ -31,7 +31,12 @@ _MIN_GROUND = 0.2
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """A region of one colour that the reader found."""
+    """A region of one colour that the reader found.
+
+    Example:
+        >>> FoundObject("red", "circle", "large", y=0.5, x=1.6, overlap=0.9).cell
+        (0, 1)
+    """
 
     colour: str
     """A key of COLOURS, or of BACKGROUNDS for a patch of another background colour."""
@@ -54,7 +59,12 @@ class FoundObject:
 
 @dataclass(frozen=True, slots=True)
 class SceneReading:
-    """What the reader sees in a picture."""
+    """What the reader sees in a picture.
+
+    Example:
+        >>> read_scene(torch.ones(3, 32, 32)) == SceneReading("white", ())
+        True
+    """
 
     background: str | None
     """A key of BACKGROUNDS; None if none of them fills enough of the canvas."""
@@ -99,11 +109,12 @@ def read_scene(image: Tensor, *, grid: int = 2) -> SceneReading:
             continue
         rows, cols = np.nonzero(regions == region)
         # Two pixels of margin take in the rim, where less than half of a pixel is the object's.
-        window = (slice(max(0, rows.min() - 2), rows.max() + 3), slice(max(0, cols.min() - 2), cols.max() + 3))
+        top, left = max(0, int(rows.min()) - 2), max(0, int(cols.min()) - 2)
+        window = (slice(top, int(rows.max()) + 3), slice(left, int(cols.max()) + 3))
         label = labels[rows[0], cols[0]]
         inside = _dilated(regions[window] == region) & ((labels[window] == 0) | (labels[window] == label))
         soft = np.where(inside, alphas[label - 1][window], 0.0)
-        found.append(_describe(soft, (window[0].start, window[1].start), names[label - 1], unit, strides))
+        found.append(_describe(soft, (top, left), names[label - 1], unit, strides))
     return SceneReading(background, tuple(found))
 
 

@@ -31,7 +31,12 @@ _APART = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which objects are meant; None means any."""
+    """Which objects are meant; None means any.
+
+    Example:
+        >>> str(Pattern("red", "circle")), str(Pattern(size="large"))
+        ('red circle', 'large object')
+    """
 
     colour: str | None = None
     shape: str | None = None
@@ -51,7 +56,12 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class AskCount:
-    """Is the number of such objects exactly this? With the empty pattern: of all objects, the precision question."""
+    """Is the number of such objects exactly this? With the empty pattern: of all objects, the precision question.
+
+    Example:
+        >>> str(AskCount(2, Pattern("red"))), str(AskCount(3))
+        ('exactly 2 x red object', 'exactly 3 x object')
+    """
 
     number: int
     what: Pattern = Pattern()
@@ -62,7 +72,12 @@ class AskCount:
 
 @dataclass(frozen=True, slots=True)
 class AskPlace:
-    """Is there such an object in this cell?"""
+    """Is there such an object in this cell?
+
+    Example:
+        >>> str(AskPlace(Pattern("red", "circle"), row=0, col=1))
+        'red circle in row 0, column 1'
+    """
 
     what: Pattern
     row: int
@@ -74,7 +89,14 @@ class AskPlace:
 
 @dataclass(frozen=True, slots=True)
 class AskRelation:
-    """Does some such object stand in this relation (left of, right of, above, below) to some such other one?"""
+    """Does some such object stand in this relation (left of, right of, above, below) to some such other one?
+
+    It does if their centres are at least half a cell apart in that direction.
+
+    Example:
+        >>> str(AskRelation(Pattern("red"), "left of", Pattern("blue")))
+        'red object left of blue object'
+    """
 
     what: Pattern
     relation: str
@@ -90,7 +112,12 @@ class AskRelation:
 
 @dataclass(frozen=True, slots=True)
 class AskBackground:
-    """Is the background of this colour?"""
+    """Is the background of this colour?
+
+    Example:
+        >>> str(AskBackground("white"))
+        'white background'
+    """
 
     background: str
 
@@ -103,7 +130,13 @@ Question = AskCount | AskPlace | AskRelation | AskBackground
 
 @dataclass(frozen=True, slots=True)
 class VerdictReport:
-    """The answers to a picture's questions."""
+    """The answers to a picture's questions.
+
+    Example:
+        >>> report = VerdictReport((AskCount(1), AskCount(2)), (True, False), (True, True), SceneReading("white", ()))
+        >>> report.strict, report.atom, report.loose
+        (False, 0.5, True)
+    """
 
     questions: tuple[Question, ...]
     answers: tuple[bool, ...]
@@ -155,7 +188,7 @@ def verify_scene(image: Tensor, expected: Scene | Sequence[Question], *, grid: i
     if not questions:
         raise ValueError("expected: expected a scene or at least one question, got none")
     reading = read_scene(image, grid=grid)
-    loose = tuple(_answer(_by_colour(question), reading) for question in questions)
+    loose = tuple(_answer(_by_colour(question, questions), reading) for question in questions)
     return VerdictReport(questions, tuple(_answer(question, reading) for question in questions), loose, reading)
 
 
@@ -199,9 +232,18 @@ def _stands(one: FoundObject, relation: str, other: FoundObject) -> bool:
     return {"left of": -right, "right of": right, "above": -down, "below": down}[relation] >= _APART
 
 
-def _by_colour(question: Question) -> Question:
-    """The same question with shapes and sizes left out."""
+def _by_colour(question: Question, questions: tuple[Question, ...]) -> Question:
+    """The same question with shapes and sizes left out; counts of different shapes of one colour add up."""
     match question:
+        case AskCount(_, Pattern(colour, shape, size)) if shape is not None:
+            alike = {
+                other.what.shape: other.number
+                for other in questions
+                if isinstance(other, AskCount)
+                and other.what.shape is not None
+                and (other.what.colour, other.what.size) == (colour, size)
+            }
+            return AskCount(sum(alike.values()), Pattern(colour))
         case AskCount(_, what) | AskPlace(what, _, _):
             return replace(question, what=Pattern(what.colour))
         case AskRelation(what, _, other):

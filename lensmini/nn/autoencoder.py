@@ -35,6 +35,11 @@ class Autoencoder(nn.Module):
 
     Raises:
         ValueError: if the sizes do not fit together.
+
+    Example:
+        >>> normalizer = LatentNormalizer(torch.zeros(128), torch.ones(128))
+        >>> Autoencoder(nn.Identity(), normalizer, downsample=16).channels
+        128
     """
 
     def __init__(self, vae: nn.Module, normalizer: LatentNormalizer, *, downsample: int, patch_size: int = 2) -> None:
@@ -129,6 +134,13 @@ def load_autoencoder(
         ImportError: without diffusers.
         OSError: if there is nothing to load.
         ValueError: if the folder holds another class, weights that do not fit, or another patch size.
+
+    Example:
+        >>> import diffusers, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     diffusers.AutoencoderKL(norm_num_groups=8).save_pretrained(folder)
+        ...     load_autoencoder(folder).channels
+        16
     """
     try:
         import diffusers

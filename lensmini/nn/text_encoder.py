@@ -51,8 +51,7 @@ class TextEncoder(nn.Module):
     cut there, as in the published pipeline. The first ``num_prefix_tokens`` tokens, which no prompt changes, are run
     but not returned.
 
-    The encoder never learns: parameters do not require gradients and ``train()`` leaves it in evaluation mode. The
-    language model's code is not changed: hooks live only during a call.
+    Parameters do not require gradients and ``train()`` leaves evaluation mode on. Hooks live only during a call.
 
     Args:
         model: a causal language model of transformers, already loaded (GPT-OSS, Llama, Qwen, ...): any module that
@@ -134,19 +133,17 @@ class TextEncoder(nn.Module):
         # A macro in front of the template hides the built-in clock. Template arguments cannot: transformers 5.23
         # replaces functions among them by their names.
         template = self._clock + self.tokenizer.get_chat_template()
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=False
-        )
-        return text.split(STOP)[0]
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": False}
+        return self.tokenizer.apply_chat_template(messages, **options).split(STOP)[0]
 
     def tokenize(self, prompts: Sequence[str]) -> TokenizedPrompts:
         """Render, tokenise, truncate on the right and pad on the right, whatever the tokenizer's own defaults.
 
         Args:
-            prompts: b texts, at least one.
+            prompts: b texts, at least one; l is the length of the longest.
 
         Returns:
-            Token ids with the prefix, mask, and which prompts were cut; l is the longest length of the batch.
+            Token ids with the prefix, mask, and which prompts were cut.
 
         Raises:
             ValueError: if ``prompts`` is empty or a single string, or there is no tokenizer.

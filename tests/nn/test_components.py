@@ -1,20 +1,28 @@
 """Norm, rotary embedding, time embedding, gated MLP and text fusion against the reference and torch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from lensmini.nn.embeddings import TimestepEmbedding, timestep_sinusoid
 from lensmini.nn.fusion import MultiLayerTextFusion, fuse_text_layers
+from lensmini.nn.joint import join_streams, split_streams
 from lensmini.nn.mlp import SwiGLU, silu_gate
+from lensmini.nn.modulation import gated_residual, modulated_norm
 from lensmini.nn.norm import RMSNorm, rms_normalise
 from lensmini.nn.rope import RotaryEmbedding3D, RotaryTable, apply_rotary
+from lensmini.nn.rotate import normalise_and_rotate
 from lensmini.packed import Layout
 from tests import reference
 from tests.golden_cases import golden
+from tests.strategies import layouts
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -81,7 +89,9 @@ def test_rope_tables_equal_the_reference_for_every_sample_of_a_mix(
     image, text = RotaryEmbedding3D(axes)(Layout.build(grids, text_mask=mask))
     rows = [reference.rope_angles(h, w, 7, axes) for h, w in grids]
     image_angles = torch.tensor([angle for images, _ in rows for angle in images])
-    text_angles = [angle for (_, texts), keep in zip(rows, mask, strict=True) for angle, k in zip(texts, keep) if k]
+    text_angles = [
+        angle for (_, texts), keep in zip(rows, mask, strict=True) for angle, k in zip(texts, keep, strict=True) if k
+    ]
     text_angles = torch.tensor(text_angles).reshape(-1, sum(axes) // 2)
     for table, angles in ((image, image_angles), (text, text_angles)):
         assert table.cos.shape == table.sin.shape == angles.shape
@@ -180,6 +190,16 @@ def test_swiglu_equals_the_reference(seed: int, tokens: int) -> None:
     x = randn(seed, tokens, 6)
     expected = reference.swiglu(x, {f"mlp.{k}": v for k, v in weights_of(module).items()}, "mlp")
     torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_swiglu_without_gradients_leaves_what_hooks_have_seen_as_it_was() -> None:
+    module, x, seen = SwiGLU(6, 17), randn(0, 3, 6, dtype=torch.float32), []
+    module.w1.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        module(x)
+    assert seen[0].equal(F.linear(x, module.w1.weight))
 
 
 @given(SEEDS)
@@ -230,6 +250,113 @@ def test_text_fusion_equals_the_reference(seed: int, tokens: int, layers: int) -
 def test_text_fusion_names_the_argument_with_a_wrong_number_of_layers() -> None:
     with pytest.raises(ValueError, match="text_tokens.*k=2"):
         MultiLayerTextFusion(2, 6, 10)(torch.zeros(3, 4, 6))
+
+
+# --- per-sample modulation, queries and keys, the joint sequence
+
+
+STREAM = st.sampled_from(["image", "text"])
+
+
+@given(layouts(), STREAM, SEEDS)
+def test_modulated_norm_is_each_tokens_own_norm_scaled_and_shifted(layout: Layout, stream: Any, seed: int) -> None:
+    samples = layout.image_samples if stream == "image" else layout.text_samples
+    x, weight = randn(seed, len(samples), 6), randn(seed + 1, 6)
+    shift, scale = randn(seed + 2, layout.batch_size, 6), randn(seed + 3, layout.batch_size, 6)
+    expected = [
+        reference.rms_norm(x[i], weight, 1e-6) * (1 + scale[sample]) + shift[sample]
+        for i, sample in enumerate(samples.tolist())
+    ]
+    expected = torch.stack(expected) if expected else x
+    torch.testing.assert_close(modulated_norm(x, weight, shift, scale, layout, stream, eps=1e-6), expected)
+
+
+@given(layouts(), STREAM, SEEDS)
+def test_gated_residual_adds_each_tokens_update_times_its_samples_gate(layout: Layout, stream: Any, seed: int) -> None:
+    samples = layout.image_samples if stream == "image" else layout.text_samples
+    x, update, gate = (
+        randn(seed, len(samples), 6),
+        randn(seed + 1, len(samples), 6),
+        randn(seed + 2, layout.batch_size, 6),
+    )
+    expected = [x[i] + gate[sample] * update[i] for i, sample in enumerate(samples.tolist())]
+    expected = torch.stack(expected) if expected else x
+    torch.testing.assert_close(gated_residual(x, update, gate, layout, stream), expected)
+
+
+@given(SEEDS, st.integers(0, 4), st.integers(1, 3), st.sampled_from([2, 8]))
+def test_normalise_and_rotate_is_the_norm_and_then_the_rotation(seed: int, tokens: int, heads: int, dim: int) -> None:
+    x, weight, angles = randn(seed, tokens, 2, heads, dim), randn(seed + 1, 2, dim), randn(seed + 2, tokens, dim // 2)
+    actual = normalise_and_rotate(x, weight, RotaryTable(angles.cos(), angles.sin()), eps=1e-6)
+    for projection in range(2):
+        for head in range(heads):
+            normed = reference.rms_norm(x[:, projection, head], weight[projection], 1e-6)
+            expected = reference.rotate(normed, angles.tolist())
+            torch.testing.assert_close(actual[:, projection, head], expected, rtol=1e-10, atol=1e-12)
+
+
+def fused_cases() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    layout = Layout.build([(1, 2), (1, 2), (1, 1), (1, 3)], text_lengths=[1, 2, 0, 2])
+    num, angles = layout.num_image_tokens, randn(9, 3, 2)
+    table = RotaryTable(angles.cos(), angles.sin())
+    cases = {
+        "silu_gate": (silu_gate, [(3, 2), (3, 2)]),
+        "modulated_norm": (lambda *x: modulated_norm(*x, layout, "image", eps=1e-6), [(num, 4), (4,), (4, 4), (4, 4)]),
+        "modulated_norm of text": (
+            lambda *x: modulated_norm(*x, layout, "text", eps=1e-6),
+            [(5, 4), (4,), (4, 4), (4, 4)],
+        ),
+        "gated_residual": (lambda *x: gated_residual(*x, layout, "image"), [(num, 4), (num, 4), (4, 4)]),
+        "normalise_and_rotate": (lambda *x: normalise_and_rotate(*x, table, eps=1e-6), [(3, 2, 1, 4), (2, 4)]),
+    }
+    return {
+        name: (function, tuple(randn(i, *shape).requires_grad_() for i, shape in enumerate(shapes)))
+        for name, (function, shapes) in cases.items()
+    }
+
+
+FUSED = pytest.mark.parametrize("name", fused_cases())
+
+
+@FUSED
+def test_hand_written_backward_passes_are_the_derivatives(name: str) -> None:
+    function, inputs = fused_cases()[name]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@FUSED
+def test_hand_written_backward_passes_take_strided_gradients(name: str) -> None:
+    function, inputs = fused_cases()[name]
+    upstream = randn(7, *function(*inputs).shape)
+    strided = torch.stack([upstream, upstream], dim=-1)[..., 0]
+    expected = torch.autograd.grad(function(*inputs), inputs, upstream)
+    before = strided.clone()
+    for actual, wanted in zip(torch.autograd.grad(function(*inputs), inputs, strided), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    assert strided.equal(before), "a gradient that others may hold is not written to"
+
+
+@FUSED
+def test_second_derivatives_are_right_or_refused(name: str) -> None:
+    """A gradient penalty must never be silently wrong."""
+    function, inputs = fused_cases()[name]
+    try:
+        torch.autograd.gradgradcheck(function, inputs)
+    except GradcheckError:
+        raise
+    except RuntimeError:
+        pass  # autograd refuses to go through the hand-written backward pass
+
+
+@given(layouts(), SEEDS)
+def test_splitting_undoes_joining_and_joined_samples_stand_together(layout: Layout, seed: int) -> None:
+    image, text = randn(seed, layout.num_image_tokens, 3), randn(seed + 1, layout.num_text_tokens, 3)
+    joined = join_streams(image, text, layout)
+    expected = []
+    for sample in range(layout.batch_size):
+        expected += [image[layout.image_samples == sample], text[layout.text_samples == sample]]
+    assert joined.equal(torch.cat(expected))
+    assert all(a.equal(b) for a, b in zip(split_streams(joined, layout), (image, text), strict=True))
 
 
 # --- published numbers

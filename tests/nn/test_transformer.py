@@ -1,7 +1,7 @@
-"""The transformer as a whole: packed equals one by one, masked text and batch mates do not count, gradients, compiling."""
+"""The transformer as a whole: packed equals one by one, masked text and mates do not count, gradients, compiling."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from lensmini.nn import DualStreamBlock, LensConfig, LensTransformer, RotaryEmbedding3D
 from lensmini.nn.transformer import Captured, Modulation
@@ -56,8 +57,8 @@ def batches(draw: st.DrawFn, dtype: torch.dtype = torch.float32, min_size: int =
     return reference.random_batch(CONFIG, shapes, draw(text_masks(len(shapes))), draw(seeds()), dtype)
 
 
-def run(model: LensTransformer, batch: Batch, **options: Any) -> list[Tensor]:
-    return model(batch.latents, batch.t, batch.text_features, batch.text_mask, **options)  # pyright: ignore
+def run(model: LensTransformer, batch: Batch, **options: Any) -> Any:
+    return model(batch.latents, batch.t, batch.text_features, batch.text_mask, **options)
 
 
 def mixed(dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
@@ -67,7 +68,7 @@ def mixed(dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
 
 
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
-    """Relative to each tensor's largest value, or to a thousandth of the largest of all for tensors that almost vanish."""
+    """Relative to each tensor's largest value, or to a thousandth of the largest of all where a tensor almost vanishes."""
     floor = 1e-3 * max((e.abs().max().item() for e in expected if e.numel()), default=0.0)
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
@@ -98,6 +99,40 @@ def test_output_equals_the_reference_for_every_sample_of_a_mix(batch: Batch) -> 
     with torch.no_grad():
         assert_close(run(MODEL64, batch), expected, 1e-5)
         assert_close(run(MODEL32, batch.map(Tensor.float)), [x.float() for x in expected], 1e-4)
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Any sizes that a checkpoint could have; widths that 3 does not divide, one head, one text layer, no patch."""
+    axes = [2 * draw(st.integers(1, 3)) for _ in range(3)]
+    heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return {
+        **CONFIG,
+        "num_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "inner_dim": heads * sum(axes),
+        "axes_dims_rope": axes,
+        "in_channels": draw(st.integers(1, 9)),
+        "out_channels": draw(st.integers(1, 3)),
+        "patch_size": draw(st.integers(1, 2)),
+        "enc_hidden_dim": draw(st.integers(2, 9)),
+        "selected_layer_index": list(range(1, 1 + layers)),
+    }
+
+
+@few
+@given(config=configurations(), shapes=grids(), data=st.data())
+def test_output_equals_the_reference_for_every_configuration(config: dict, shapes: list, data: st.DataObject) -> None:
+    weights = {key: value.double() for key, value in reference.random_weights(config, seed=3).items()}
+    model = LensTransformer(LensConfig.from_dict(config)).double()
+    model.load_state_dict(weights, strict=True)
+    batch = reference.random_batch(
+        config, shapes, data.draw(text_masks(len(shapes))), data.draw(seeds()), torch.float64
+    )
+    expected = [seen["sample"] for seen in reference.batch_forward(weights, config, batch)]
+    with torch.no_grad():
+        assert_close(run(model, batch), expected, 1e-5)
 
 
 @settings(max_examples=6)
@@ -263,6 +298,20 @@ def test_the_model_uses_no_global_randomness_and_keeps_its_inputs() -> None:
     assert all(a.equal(b) for a, b in zip(copies, batch.tensors(), strict=True))
 
 
+@few
+@given(batch=batches())
+def test_the_output_is_the_same_with_and_without_gradients(batch: Batch) -> None:
+    """Without gradients the model may work in place; that must neither show nor reach its inputs."""
+    copies = [x.clone() for x in batch.tensors()]
+    weights = [p.detach().clone() for p in MODEL32.parameters()]
+    expected = run(MODEL32, batch)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_close(run(MODEL32, batch), expected, 1e-6)
+    assert all(a.equal(b) for a, b in zip(copies, batch.tensors(), strict=True))
+    assert all(a.equal(b) for a, b in zip(weights, MODEL32.parameters(), strict=True))
+
+
 def test_gradients_are_the_same_bits_every_time() -> None:
     batch = mixed()
     results = [gradients(run(MODEL32, batch), upstreams(batch.latents), [*MODEL32.parameters()]) for _ in range(2)]
@@ -363,7 +412,7 @@ def test_the_last_blocks_dead_text_path_gets_no_gradient() -> None:
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None and parameter.grad.any(), name
-    last = model.get_submodule(LAST)
+    last: Any = model.get_submodule(LAST)
     dim = CONFIG["inner_dim"]
     query, *others = last.attn.txt_qkv.weight.grad.split(dim)
     assert not query.any() and all(part.any() for part in others)
@@ -454,7 +503,8 @@ def test_a_model_from_init_weights_starts_at_zero_velocity_with_identity_blocks_
 def test_gate_of_init_weights_opens_every_block() -> None:
     model = LensTransformer(LensConfig.from_dict(CONFIG)).init_weights(0, gate=0.1)
     dim = CONFIG["inner_dim"]
-    for block in model.transformer_blocks:
+    blocks: Any = model.transformer_blocks
+    for block in blocks:
         for mod in (block.img_mod, block.txt_mod):
             parts = mod[1].bias.split(dim)
             assert [part.eq(0.1).all().item() for part in parts] == [False, False, True, False, False, True]
@@ -504,7 +554,7 @@ def test_forward_mode_equals_a_finite_difference(backend: Any) -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return MODEL64.forward_packed(x, t, text, layout, backend=backend)  # pyright: ignore[reportReturnType]
 
-    value, tangent = torch.func.jvp(velocity, (tokens, batch.t), (direction, speed))
+    value, tangent = torch.func.jvp(velocity, (tokens, batch.t), (direction, speed))  # pyright: ignore
     step = 1e-6
     moved = [velocity(tokens + s * direction, batch.t + s * speed) for s in (step, -step)]
     difference = (moved[0] - moved[1]) / (2 * step)
@@ -517,9 +567,9 @@ def test_plain_operations_of_forward_mode_equal_the_fused_ones_in_gradients() ->
     batch = mixed(torch.float64)
     parameters = dict(MODEL64.named_parameters())
 
-    def loss(values: dict[str, Tensor]) -> Tensor:
+    def loss(values: Mapping[str, Tensor]) -> Tensor:
         args = (batch.latents, batch.t, batch.text_features, batch.text_mask)
-        outputs = torch.func.functional_call(MODEL64, values, args)
+        outputs = torch.func.functional_call(MODEL64, dict(values), args)
         return torch.stack([x.square().sum() for x in outputs]).sum()
 
     plain = torch.func.grad(loss)({name: value.detach() for name, value in parameters.items()})
@@ -538,11 +588,11 @@ def test_second_derivatives_are_right_or_refused() -> None:
 
     image = batch.latents[0].requires_grad_()
     try:
-        assert torch.autograd.gradgradcheck(outputs, (image,), atol=1e-5, rtol=1e-3)
-    except RuntimeError as error:
-        assert (
-            "once_differentiable" in str(error) or "not implemented" in str(error) or "support automatic" in str(error)
-        )
+        torch.autograd.gradgradcheck(outputs, (image,), atol=1e-5, rtol=1e-3)
+    except GradcheckError:
+        raise
+    except RuntimeError:
+        pass  # autograd refuses to go through the hand-written backward passes
 
 
 # --- compiling

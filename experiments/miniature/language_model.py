@@ -1,0 +1,397 @@
+"""The miniature's language model: a stock GPT-OSS of about a million parameters, trained on scene captions.
+
+An image model can only follow what its text features tell apart. A language model has no reason to keep words apart
+that stand in the same places, colours above all: from the library's usual initialisation (0.02) the six colours make
+up less than half a per cent of its features' variance, and nothing painted from them has the right colour. Embeddings
+that start at a standard deviation of 1 keep them apart, and the gates check it.
+
+Axes: b captions, l tokens, e width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.miniature.gates import GateReport, require
+from experiments.miniature.tokenizer import build_tokenizer
+from experiments.runs import append_jsonl, progress, write_json
+from lensmini.data import COLOURS, describe_scene, sample_scene
+from lensmini.data.scene_captions import RELATIONS, SYNONYMS, relations_between
+from lensmini.nn.norm import RMSNorm
+from lensmini.nn.text_encoder import TextEncoder
+
+__all__ = [
+    "LanguageModelConfig",
+    "check_language_model",
+    "colour_shares",
+    "held_out_loss",
+    "load_language_model",
+    "relation_accuracy",
+    "smallest_language_model",
+    "train_language_model",
+]
+
+HELD_OUT = 2**40
+"""Number of the first caption that training never reaches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModelConfig:
+    """A GPT-OSS small enough for a minute on one core."""
+
+    num_layers: int = 4
+    """Decoder layers; even ones see the last ``window`` tokens, odd ones all before."""
+    hidden_size: int = 128
+    """Width e."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key and value heads."""
+    head_dim: int = 32
+    """Width of a head."""
+    num_experts: int = 4
+    """Experts of each layer."""
+    num_active_experts: int = 2
+    """Experts that each token uses."""
+    expert_dim: int = 128
+    """Hidden width of an expert."""
+    window: int = 32
+    """Tokens that a sliding-window layer sees."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    embedding_std: float = 1.0
+    """Initial standard deviation of the word embedding."""
+    matrix_std: float = 0.08
+    """Initial standard deviation of all other matrices."""
+    grid: int = 2
+    """Cells a side of the scenes."""
+    dense_share: float = 0.75
+    """Share of dense captions; the rest are brief."""
+    steps: int = 200
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Captions of a step."""
+    group: int = 10
+    """Batches that are drawn at once and sorted by length, so that little is spent on padding; divides steps."""
+    learning_rate: float = 3e-3
+    """Peak of AdamW's rate."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    decay_share: float = 0.4
+    """Share of the steps, at the end, in which the rate falls to zero."""
+    seed: int = 0
+    """Of the initialisation and of the captions."""
+    min_relation_accuracy: float = 0.95
+    """Gate: share of relations told right."""
+    min_colour_share: float = 0.05
+    """Gate: share of the features' variance that tells colours apart, in the weakest layer."""
+    version: int = 1
+    """Of the training code: a change that gives other weights raises it, so that cached ones are not taken."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.group < 1 or self.steps % self.group:
+            raise ValueError(
+                f"steps, batch_size, group: expected positive numbers, steps divisible by group, got {self.steps}, "
+                f"{self.batch_size}, {self.group}"
+            )
+        if not 0 <= self.dense_share <= 1 or not 0 <= self.decay_share <= 1:
+            raise ValueError(
+                f"dense_share, decay_share: expected shares in [0, 1], got {self.dense_share}, {self.decay_share}"
+            )
+
+
+def smallest_language_model() -> LanguageModelConfig:
+    """A model that trains in a second and passes no gate: for tests."""
+    return LanguageModelConfig(
+        num_layers=2,
+        hidden_size=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        expert_dim=16,
+        steps=4,
+        batch_size=4,
+        group=2,
+        warmup=1,
+        min_relation_accuracy=0.0,
+        min_colour_share=0.0,
+    )
+
+
+def train_language_model(
+    config: LanguageModelConfig, directory: Path, *, progress: Callable[..., Any] = progress, strict: bool = True
+) -> GateReport:
+    """Train, save and check a language model; the same config gives the same weights on one thread.
+
+    Args:
+        config: the model and its training.
+        directory: gets the weights and tokenizer as transformers saves them, ``metrics.jsonl``, and
+            ``language_model.json`` with config and gates.
+        progress: makes the bar, as :func:`experiments.runs.progress`.
+        strict: whether a failed gate raises; the files are written before.
+
+    Returns:
+        The gates.
+
+    Raises:
+        GateError: if a gate fails and ``strict``.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    model = build_language_model(config, len(tokenizer))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    with progress(config.steps, 0, "language model") as bar:
+        for step, (ids, mask, scale) in enumerate(_batches(config, model, tokenizer), start=1):
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup, config.decay_share)
+            losses = _token_losses(model, ids, mask)
+            loss = losses.sum() * scale
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            if step % 10 == 0 or step == config.steps:
+                mean = float(losses.detach().sum() / mask[:, 1:].sum())
+                append_jsonl(directory / "metrics.jsonl", {"step": step, "loss": mean})
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            bar.update()
+    model.requires_grad_(False).eval()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    report = check_language_model(model, tokenizer, config)
+    write_json(directory / "language_model.json", {"config": config, "gates": report})
+    return require(report) if strict else report
+
+
+def load_language_model(directory: Path) -> tuple[Any, Any]:
+    """Load what :func:`train_language_model` saved.
+
+    Returns:
+        The model, frozen and in evaluation mode, and its tokenizer; both as a TextEncoder wants them.
+    """
+    from transformers import AutoTokenizer, GptOssForCausalLM
+
+    model: Any = GptOssForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def build_language_model(config: LanguageModelConfig, vocab_size: int) -> Any:
+    """The untrained model, initialised from the config's seed."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    settings = GptOssConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=config.num_active_experts,
+        intermediate_size=config.expert_dim,
+        sliding_window=config.window,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    # On a CPU the plain loop over experts is the fastest of the implementations that transformers offers.
+    settings._experts_implementation = "eager"  # noqa: SLF001
+    model: Any = GptOssForCausalLM._from_config(settings, attn_implementation="eager")  # noqa: SLF001
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("embed_tokens.weight"):
+                parameter.normal_(std=config.embedding_std, generator=generator)
+            elif parameter.ndim >= 2 and not name.endswith("bias"):
+                parameter.normal_(std=config.matrix_std, generator=generator)
+            elif not name.endswith("norm.weight"):
+                parameter.zero_()
+    return model
+
+
+def schedule(step: int, steps: int, warmup: int, decay_share: float) -> float:
+    """Factor of the learning rate at step 1..steps: linear warm-up, flat, linear decay towards zero.
+
+    Example:
+        >>> [schedule(step, 10, 2, 0.5) for step in (1, 2, 5, 6, 10)]
+        [0.5, 1.0, 1.0, 1.0, 0.2]
+    """
+    decay = max(1, round(steps * decay_share))
+    return min(1.0, step / max(1, warmup), (steps - step + 1) / decay)
+
+
+def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig, *, num: int = 256) -> GateReport:
+    """Measure whether features of this model can tell an image model what to paint.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        config: its config, for the thresholds.
+        num: held-out captions of the measurements.
+
+    Returns:
+        ``relation_accuracy``, ``colour_share`` (the weakest layer's) and ``held_out_loss``, with the failures.
+    """
+    shares = colour_shares(model, tokenizer, grid=config.grid, num=max(2, num // 8))
+    numbers = {
+        "relation_accuracy": relation_accuracy(model, tokenizer, grid=config.grid, num=num),
+        "colour_share": min(shares),
+        **{f"colour_share_layer_{layer}": share for layer, share in enumerate(shares)},
+        "held_out_loss": held_out_loss(model, tokenizer, config, num=num),
+    }
+    least = {"relation_accuracy": config.min_relation_accuracy, "colour_share": config.min_colour_share}
+    return GateReport.judge("language model", numbers, least)
+
+
+@torch.no_grad()
+def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 256, seed: int = 0) -> float:
+    """Share of dense captions of two objects, cut before the relation, that the model continues with a true one.
+
+    The words for the four directions compete; chance is 0.25 for objects in one row or column, else 0.5. Sentences
+    that begin with the relation cannot be foretold and are not asked.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        grid: cells a side of the scenes.
+        num: captions.
+        seed: of the captions.
+
+    Returns:
+        Share in [0, 1].
+    """
+    ways = [[way.split()[0] for way in SYNONYMS[relation] if not way.startswith("to ")] for relation in RELATIONS]
+    directions = [tokenizer.convert_tokens_to_ids(words) for words in ways]
+    texts, truths, number = [], [], HELD_OUT + seed * 2**30
+    while len(texts) < num:
+        number += 1
+        scene = sample_scene(generator=number, grid=grid, num_objects=(2, 2), group_probability=0.0)
+        relation = relations_between(*scene.objects)[0]
+        *before, last, _ = describe_scene(scene, relation=relation, generator=number).split(".")
+        if last.split()[0] == "the":
+            subject = last.split(" is ")[0]
+            texts.append(".".join([*before, f"{subject} is"]))
+            truths.append([relation in relations_between(*scene.objects) for relation in RELATIONS])
+    encoder = TextEncoder(model, tokenizer, layers=(0,))
+    right = 0
+    for start in range(0, num, 64):
+        prompts = encoder.tokenize(texts[start : start + 64])
+        mask = prompts.attention_mask
+        logits = model(input_ids=prompts.input_ids, attention_mask=mask.long(), use_cache=False).logits
+        # The relation follows the last word, which the tail of the template hides from nobody in a causal model.
+        tail = len(tokenizer(encoder.render(""), add_special_tokens=False)["input_ids"]) - encoder.num_prefix_tokens
+        last_word = mask.sum(1) - tail - 1
+        chosen = logits[torch.arange(len(last_word)), last_word].softmax(-1)
+        masses = torch.stack([chosen[:, ids].sum(1) for ids in directions], 1)
+        right += sum(truths[start + row][best] for row, best in enumerate(masses.argmax(1).tolist()))
+    return right / num
+
+
+@torch.no_grad()
+def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, seed: int = 0) -> list[float]:
+    """How much of each layer's features tells one colour from another.
+
+    Captions of one object are written in all six colours. At the colour word, the variance over the six (mean over
+    captions, sum over channels) is divided by the variance over all kept tokens of all captions, both of the features
+    that the image model sees: every token divided by its root mean square.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        grid: cells a side of the scenes.
+        num: captions, each in six colours.
+        seed: of the captions.
+
+    Returns:
+        A share in [0, 1] for every layer.
+    """
+    texts, places = [], []
+    for number in range(num):
+        key = HELD_OUT + seed * 2**30 + number
+        scene = sample_scene(generator=key, grid=grid, num_objects=(1, 1), pairs="all")
+        words = describe_scene(scene, generator=key).split()
+        places.append(words.index(scene.objects[0].colour))
+        texts += [" ".join([*words[: places[-1]], colour, *words[places[-1] + 1 :]]) for colour in COLOURS]
+    layers = range(model.config.num_hidden_layers)
+    features, mask = TextEncoder(model, tokenizer, layers=layers)(texts)
+    rows, columns = torch.arange(len(texts)), torch.tensor(places).repeat_interleave(len(COLOURS))
+    shares = []
+    for layer in features:
+        normalised = RMSNorm(layer.shape[-1], eps=1e-5)(layer.float())
+        at_colour = normalised[rows, columns].unflatten(0, (num, len(COLOURS)))
+        between = at_colour.var(1, unbiased=False).mean(0).sum()
+        shares.append(float(between / normalised[mask].var(0, unbiased=False).sum()))
+    return shares
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Any, config: LanguageModelConfig, *, num: int = 256) -> float:
+    """Mean next-token loss in nats over captions that training never saw, template included.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        config: its config, for the kinds of captions.
+        num: captions.
+
+    Returns:
+        The loss.
+    """
+    encoder = TextEncoder(model, tokenizer, layers=(0,))
+    total, count = 0.0, 0
+    for start in range(0, num, 64):
+        numbers = range(HELD_OUT + start, HELD_OUT + min(start + 64, num))
+        ids, mask = _tokens(encoder, [_caption(config, number) for number in numbers])
+        total += float(_token_losses(model, ids, mask).sum())
+        count += int(mask[:, 1:].sum())
+    return total / count
+
+
+def _caption(config: LanguageModelConfig, number: int) -> str:
+    key = number + config.seed * 2**42
+    scene = sample_scene(generator=key, grid=config.grid)
+    # The golden ratio's fractional part spreads the two kinds evenly over any run of numbers.
+    dense = (number * 0.6180339887498949) % 1.0 < config.dense_share
+    return describe_scene(scene, density="dense" if dense else "brief", generator=key)
+
+
+def _tokens(encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """The whole turn: what the encoder renders and the mark of its end."""
+    ids, mask, _ = encoder.tokenize(texts)
+    stop = encoder.tokenizer.eos_token_id
+    ids = F.pad(ids, (0, 1), value=encoder.tokenizer.pad_token_id)
+    lengths = mask.sum(1)
+    ids[torch.arange(len(ids)), lengths] = stop
+    return ids, torch.arange(ids.shape[1]) <= lengths[:, None]
+
+
+def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Token ids, mask and loss scale for every step; batches of a group hold captions of similar length."""
+    encoder = TextEncoder(model, tokenizer, layers=(0,))
+    model.requires_grad_(True)  # the encoder froze it
+    generator = torch.Generator().manual_seed(config.seed)
+    size = config.group * config.batch_size
+    for first in range(0, config.steps * config.batch_size, size):
+        texts = [_caption(config, number) for number in range(first, first + size)]
+        texts.sort(key=lambda text: text.count(" "))
+        batches = []
+        for start in range(0, size, config.batch_size):
+            batches.append(_tokens(encoder, texts[start : start + config.batch_size]))
+        # One scale for the whole group: every token of it weighs the same, in short captions or long.
+        scale = config.group / float(sum(mask[:, 1:].sum() for _, mask in batches))
+        for index in torch.randperm(config.group, generator=generator).tolist():
+            yield *batches[index], scale
+
+
+def _token_losses(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """``[b, l - 1]`` next-token losses, zero at padding."""
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses * mask[:, 1:]

@@ -1,0 +1,85 @@
+"""Muon for many small matrices: orthogonalised momentum, batched over matrices of one shape.
+
+The update of a matrix is its Nesterov momentum with all singular values pushed towards 1 by a quintic Newton-Schulz
+iteration (Jordan et al., 2024, "Muon"), scaled by ``sqrt(max(1, rows / columns))``. ``torch.optim.Muon`` does the same one
+matrix at a time; here fused projections are split into the matrices they stand for, and all matrices of one shape share a
+batched product, which is what a small model on a CPU needs.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["Muon", "orthogonalise"]
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, *, num_iterations: int = 5) -> Tensor:
+    """Push the singular values of ``[n, rows, columns]`` towards 1, in bfloat16.
+
+    Example:
+        >>> s = torch.linalg.svdvals(orthogonalise(torch.randn(1, 8, 4)).float())
+        >>> bool((s > 0.5).all() and (s < 1.5).all())
+        True
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(num_iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates for the hidden matrices of a network.
+
+    Args:
+        named_parameters: two-dimensional parameters by name.
+        lr: learning rate.
+        momentum: of the gradient's moving average.
+        splits: how many equal matrices, stacked by rows, a parameter stands for, by suffix of its name.
+
+    Raises:
+        ValueError: if a parameter is not two-dimensional or its rows do not divide.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Mapping[str, Tensor],
+        *,
+        lr: float = 1e-2,
+        momentum: float = 0.95,
+        splits: Mapping[str, int] | None = None,
+    ) -> None:
+        self.num_parts = []
+        for name, parameter in named_parameters.items():
+            parts = next((n for suffix, n in (splits or {}).items() if name.endswith(suffix)), 1)
+            if parameter.ndim != 2 or parameter.shape[0] % parts:
+                raise ValueError(f"{name}: expected a matrix of {parts} equal parts, got shape {list(parameter.shape)}")
+            self.num_parts.append(parts)
+        super().__init__(list(named_parameters.values()), {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore
+        """Update every parameter from its gradient."""
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, parts in zip(group["params"], self.num_parts, strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            buffer = state.setdefault("momentum", torch.zeros_like(parameter))
+            buffer.lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(buffer, momentum)
+            for target, matrix in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
+                by_shape[matrix.shape[0], matrix.shape[1]].append((target, matrix))
+        for (rows, columns), pairs in by_shape.items():
+            updates = orthogonalise(torch.stack([matrix for _, matrix in pairs]))
+            targets = [target for target, _ in pairs]
+            torch._foreach_add_(targets, list(updates.float()), alpha=-lr * max(1.0, rows / columns) ** 0.5)

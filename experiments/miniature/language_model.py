@@ -10,6 +10,7 @@ Axes: b captions, l tokens, e width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from experiments.miniature.gates import GateReport, require
 from experiments.miniature.tokenizer import build_tokenizer
 from experiments.runs import append_jsonl, progress, write_json
-from lensmini.data import COLOURS, describe_scene, sample_scene
+from lensmini.data import COLOURS, Scene, describe_scene, sample_scene
 from lensmini.data.scene_captions import RELATIONS, SYNONYMS, relations_between
 from lensmini.nn.norm import RMSNorm
 from lensmini.nn.text_encoder import TextEncoder
@@ -72,6 +73,8 @@ class LanguageModelConfig:
     """Cells a side of the scenes."""
     dense_share: float = 0.75
     """Share of dense captions; the rest are brief."""
+    extra_relations: int = 4
+    """Most relation sentences added to a dense caption in training."""
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
@@ -354,12 +357,26 @@ def held_out_loss(model: Any, tokenizer: Any, config: LanguageModelConfig, *, nu
     return total / count
 
 
-def _caption(config: LanguageModelConfig, number: int) -> str:
+def _caption(config: LanguageModelConfig, number: int, *, extra_relations: int = 0) -> str:
     key = number + config.seed * 2**42
     scene = sample_scene(generator=key, grid=config.grid)
     # The golden ratio's fractional part spreads the two kinds evenly over any run of numbers.
     dense = (number * 0.6180339887498949) % 1.0 < config.dense_share
-    return describe_scene(scene, density="dense" if dense else "brief", generator=key)
+    caption = describe_scene(scene, density="dense" if dense else "brief", generator=key)
+    if dense and extra_relations:
+        caption = " ".join([caption, *_more_relations(scene, extra_relations, key)])
+    return caption
+
+
+def _more_relations(scene: Scene, number: int, key: int) -> Iterator[str]:
+    """Sentences about couples of unlike objects, as the captions say them."""
+    unlike = [couple for couple in permutations(scene.objects, 2) if couple[0].pair != couple[1].pair]
+    for turn, index in enumerate(torch.randperm(len(unlike), generator=torch.Generator().manual_seed(key % 2**62))[:number].tolist()):
+        one, other = unlike[index]
+        ways = relations_between(one, other)
+        pair = Scene(scene.background, (one, other), scene.grid)
+        text = describe_scene(pair, relation=ways[(key + turn) % len(ways)], generator=key + turn)
+        yield text.split(" . ")[-1]
 
 
 def _tokens(encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -379,7 +396,9 @@ def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterato
     generator = torch.Generator().manual_seed(config.seed)
     size = config.group * config.batch_size
     for first in range(0, config.steps * config.batch_size, size):
-        texts = [_caption(config, number) for number in range(first, first + size)]
+        texts = [
+            _caption(config, number, extra_relations=config.extra_relations) for number in range(first, first + size)
+        ]
         texts.sort(key=lambda text: text.count(" "))
         batches = []
         for start in range(0, size, config.batch_size):

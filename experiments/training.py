@@ -1,0 +1,198 @@
+"""The state of a training run that a checkpoint holds: float32 weights, their average, and the optimisers' moments."""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from experiments.muon import Muon
+from experiments.runs import atomic_directory, keep_last, latest_checkpoint, provenance, write_json
+from lensmini.averaging import lerp_parameters_
+from lensmini.nn import LensConfig, LensTransformer
+from lensmini.parallel import Group
+
+__all__ = ["OptimConfig", "TrainingState", "learning_rate_factor"]
+
+_HIDDEN = ("qkv.weight", "to_out.0.weight", "to_add_out.weight", "w1.weight", "w2.weight", "w3.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimisers and schedule. The paper: AdamW, betas 0.9 and 0.999, clip 1.0, constant rate, bf16."""
+
+    lr: float = 2e-4
+    """AdamW's learning rate."""
+    muon_lr: float = 0.0
+    """Learning rate of Muon on the blocks' attention and feed-forward matrices; 0 leaves them to AdamW (the paper)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon; the paper does not state it."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; the paper does not state it."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; the paper does not state them."""
+    decay_fraction: float = 0.0
+    """Last part of the run in which the rate falls linearly to 0; 0 is the paper's constant rate."""
+    ema_decay: float = 0.9999
+    """Decay per step of the averaged weights; the paper does not state one."""
+    time_mu: float | None = None
+    """Mean of the logit-normal times; none is the paper's rule, from 1.0 at 256 tokens to 1.3 at 4096."""
+    time_std: float = 1.0
+    """Spread of the logit-normal times; the paper does not state it."""
+    dtype: str = "bfloat16"
+    """Arithmetic of forward and backward; weights, moments and averages are float32."""
+    init_gate: float = 0.0
+    """Initial bias of the blocks' gates; 0 is adaLN-zero."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'dtype: expected "float32" or "bfloat16", got {self.dtype!r}')
+        if self.lr <= 0 or self.muon_lr < 0 or self.grad_clip <= 0 or not 0 <= self.ema_decay < 1:
+            raise ValueError("lr, muon_lr, grad_clip, ema_decay: expected > 0, >= 0, > 0 and in [0, 1)")
+        if self.warmup_steps < 0 or not 0 <= self.decay_fraction <= 1:
+            raise ValueError("warmup_steps, decay_fraction: expected >= 0 and in [0, 1]")
+
+
+def learning_rate_factor(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Factor of both learning rates at a step: linear warm-up, constant, linear decay.
+
+    Example:
+        >>> [learning_rate_factor(s, 10, OptimConfig(warmup_steps=2, decay_fraction=0.5)) for s in (0, 1, 4, 9)]
+        [0.5, 1.0, 1.0, 0.2]
+    """
+    factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.decay_fraction:
+        factor = min(factor, (num_steps - step) / (config.decay_fraction * num_steps))
+    return factor
+
+
+class TrainingState:
+    """Weights, a low-precision copy that does the arithmetic, the average and the optimisers.
+
+    The gradient of all parameters is one flat float32 buffer with room for a few numbers that the processes add up too.
+
+    Args:
+        model_config: of the transformer.
+        optim: optimiser settings.
+        seed: of the initial weights.
+    """
+
+    NUM_EXTRA = 3
+
+    def __init__(self, model_config: LensConfig, optim: OptimConfig, *, seed: int) -> None:
+        self.optim = optim
+        self.model = LensTransformer(model_config).init_weights(seed, gate=optim.init_gate)
+        self.ema = deepcopy(self.model).requires_grad_(False)
+        dtype = getattr(torch, optim.dtype)
+        self.compute = deepcopy(self.model).to(dtype) if dtype != torch.float32 else self.model
+        parameters = dict(self.model.named_parameters())
+        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()) + self.NUM_EXTRA)
+        self.extra = self.flat[-self.NUM_EXTRA :]
+        pieces = self.flat[: -self.NUM_EXTRA].split([p.numel() for p in parameters.values()])
+        self.grads = [piece.view_as(p) for piece, p in zip(pieces, parameters.values(), strict=True)]
+        hidden = {n: p for n, p in parameters.items() if optim.muon_lr and n.endswith(_HIDDEN)}
+        rest = [p for n, p in parameters.items() if n not in hidden]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, optim.lr, optim.betas, optim.eps, optim.weight_decay, foreach=True)
+        ]
+        if hidden:
+            self.optimizers.append(Muon(hidden, lr=optim.muon_lr, splits={"qkv.weight": 3}))
+        self.step = 0
+
+    def refresh(self) -> None:
+        """Copy the float32 weights into the low-precision copy."""
+        if self.compute is not self.model:
+            torch._foreach_copy_([p.data for p in self.compute.parameters()], [p.data for p in self.model.parameters()])
+
+    def collect(self, group: Group, numbers: list[float]) -> list[float]:
+        """Move the gradients into the flat buffer and add it and the numbers up over all processes."""
+        with torch.no_grad():
+            self.flat.zero_()
+            pairs = [(g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None]
+            torch._foreach_copy_([g for g, _ in pairs], [grad for _, grad in pairs])
+            self.extra[: len(numbers)] = torch.tensor(numbers)
+            group.sum_(self.flat)
+        for parameter in self.compute.parameters():
+            parameter.grad = None
+        return self.extra[: len(numbers)].tolist()
+
+    @torch.no_grad()
+    def update(self, num_steps: int) -> dict[str, float]:
+        """One optimiser step from the flat gradient; returns its norm and the learning rate."""
+        norm = torch.linalg.vector_norm(self.flat[: -self.NUM_EXTRA])
+        self.flat.mul_(torch.clamp(self.optim.grad_clip / (norm + 1e-6), max=1.0))
+        for parameter, grad in zip(self.model.parameters(), self.grads, strict=True):
+            parameter.grad = grad
+        factor = learning_rate_factor(self.step, num_steps, self.optim)
+        for optimizer, rate in zip(self.optimizers, (self.optim.lr, self.optim.muon_lr), strict=False):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        # The average of early steps would hold the initial weights for long: its decay grows with the step.
+        decay = min(self.optim.ema_decay, (1 + self.step) / (10 + self.step))
+        lerp_parameters_(self.ema, self.model, 1 - decay)
+        self.step += 1
+        self.refresh()
+        return {"grad_norm": norm.item(), "lr": self.optim.lr * factor}
+
+    def save(self, out: Path, config: Any, *, keep: int) -> Path:
+        """Write ``out/step-N`` atomically and drop older checkpoints."""
+        path = out / f"step-{self.step:06d}"
+        moments = {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():
+                moments |= {f"{names[parameter]}.{key}": value for key, value in state.items()}
+        with atomic_directory(path) as new:
+            save_file(_contiguous(self.model.state_dict()), new / "model.safetensors")
+            save_file(_contiguous(self.ema.state_dict()), new / "ema.safetensors")
+            save_file(_contiguous(moments), new / "optimizer.safetensors")
+            write_json(new / "config.json", self.model.config.to_dict())
+            write_json(new / "run.json", {"step": self.step, "config": config, "provenance": provenance()})
+        keep_last(out, keep)
+        return path
+
+    def resume(self, out: Path) -> bool:
+        """Continue from the newest checkpoint of ``out``, if there is one."""
+        found = latest_checkpoint(out)
+        if found is None:
+            self.refresh()
+            return False
+        path, self.step = found
+        self.load(path, which="model", optimizer=True)
+        self.ema.load_state_dict(load_file(path / "ema.safetensors"), strict=True)
+        return True
+
+    def load(self, path: Path, *, which: str, optimizer: bool) -> None:
+        """Take weights (``"model"`` or ``"ema"``), and the optimisers' moments if wanted, from a checkpoint."""
+        weights = load_file(path / f"{which}.safetensors")
+        self.model.load_state_dict(weights, strict=True)
+        self.ema.load_state_dict(weights, strict=True)
+        if optimizer:
+            moments = load_file(path / "optimizer.safetensors")
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            for one in self.optimizers:
+                for parameter in one.param_groups[0]["params"]:
+                    found = {key.removeprefix(f"{names[parameter]}."): key for key in moments}
+                    state = {short: moments[key] for short, key in found.items() if f"{names[parameter]}.{short}" == key}
+                    one.state[parameter] = state
+        self.refresh()
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The ``run.json`` of a checkpoint: step, resolved config and provenance."""
+    return json.loads((path / "run.json").read_text())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.bank import Batch, FeatureBank, random_stream
 from experiments.dry_run import describe_run
-from experiments.miniature.stages import MiniatureConfig, Miniature, prepare_miniature
+from experiments.miniature.world import MiniatureConfig, Miniature, prepare_miniature
 from experiments.pictures import save_grid
 from experiments.pretrain_data import FolderConfig, SceneConfig, folder_banks, scene_banks
 from experiments.runs import (
@@ -110,7 +110,9 @@ class PretrainConfig:
         if self.init_weights not in ("model", "ema"):
             raise ValueError(f'init_weights: expected "model" or "ema", got {self.init_weights!r}')
         if isinstance(self.data, SceneConfig | FolderConfig) and self.data.batch_size % self.run.processes:
-            raise ValueError(f"batch_size: expected a multiple of {self.run.processes} processes, got {self.data.batch_size}")
+            raise ValueError(
+                f"batch_size: expected a multiple of {self.run.processes} processes, got {self.data.batch_size}"
+            )
 
 
 MINI_MODEL = LensConfig(
@@ -131,7 +133,14 @@ def mini() -> PretrainConfig:
         model=MINI_MODEL,
         data=SceneConfig(),
         optim=OptimConfig(
-            lr=5e-3, muon_lr=1e-2, betas=(0.9, 0.98), warmup_steps=20, decay_fraction=0.4, ema_decay=0.99, time_mu=0.8, init_gate=0.1
+            lr=5e-3,
+            muon_lr=1e-2,
+            betas=(0.9, 0.98),
+            warmup_steps=20,
+            decay_fraction=0.4,
+            ema_decay=0.99,
+            time_mu=0.8,
+            init_gate=0.1,
         ),
         run=RunConfig(out=Path("runs/mini"), steps=2400, checkpoint_every=300, sample_every=600, processes=2),
     )
@@ -202,7 +211,9 @@ def validation_losses(state: TrainingState, bank: FeatureBank, group: Group, see
     return {"validation": sum(everything) / len(everything), **result}
 
 
-def evaluate(config: PretrainConfig, state: TrainingState, world: Miniature, bank: FeatureBank, group: Group) -> dict[str, float]:
+def evaluate(
+    config: PretrainConfig, state: TrainingState, world: Miniature, bank: FeatureBank, group: Group
+) -> dict[str, float]:
     """What is due at this step: validation loss, suite scores, a grid of samples."""
     last, row = state.step == config.run.steps, {}
 
@@ -270,7 +281,9 @@ def train(group: Group, config: PretrainConfig) -> None:
                 if len(row) > 4 or state.step % run.log_every == 0 or done:
                     append_jsonl(run.out / "metrics.jsonl", row)
                     seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - started}
-                    append_jsonl(run.out / "timing.jsonl", {"step": state.step, "steps": state.step - resumed, **seconds})
+                    append_jsonl(
+                        run.out / "timing.jsonl", {"step": state.step, "steps": state.step - resumed, **seconds}
+                    )
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 if stopping or done or (run.checkpoint_every and state.step % run.checkpoint_every == 0):

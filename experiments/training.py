@@ -117,7 +117,9 @@ class TrainingState:
         """Move the gradients into the flat buffer and add it and the numbers up over all processes."""
         with torch.no_grad():
             self.flat.zero_()
-            pairs = [(g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None]
+            pairs = [
+                (g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None
+            ]
             torch._foreach_copy_([g for g, _ in pairs], [grad for _, grad in pairs])
             self.extra[: len(numbers)] = torch.tensor(numbers)
             group.sum_(self.flat)
@@ -184,7 +186,9 @@ class TrainingState:
             for one in self.optimizers:
                 for parameter in one.param_groups[0]["params"]:
                     found = {key.removeprefix(f"{names[parameter]}."): key for key in moments}
-                    state = {short: moments[key] for short, key in found.items() if f"{names[parameter]}.{short}" == key}
+                    state = {
+                        short: moments[key] for short, key in found.items() if f"{names[parameter]}.{short}" == key
+                    }
                     one.state[parameter] = state
         self.refresh()
 

@@ -55,6 +55,8 @@ class Layout:
     """``[N + M]`` int64: for each joint position, its row in ``cat([image_tokens, text_tokens])``."""
     joint_inverse: Tensor
     """``[N + M]`` int64: the inverse permutation of ``joint_order``."""
+    heights: tuple[int, ...]
+    """Host copy: latent height of each sample."""
     image_lengths: tuple[int, ...]
     """Host copy: image tokens of each sample."""
     text_lengths: tuple[int, ...]
@@ -114,6 +116,7 @@ class Layout:
             text_positions=text_positions,
             joint_order=joint_order,
             joint_inverse=torch.empty_like(joint_order).scatter_(0, joint_order, torch.arange(len(joint_order))),
+            heights=tuple(height for height, _ in pairs),
             image_lengths=image_counts,
             text_lengths=text_counts,
         )
@@ -273,9 +276,10 @@ def unpack(image_tokens: Tensor, layout: Layout) -> list[Tensor]:
         [torch.Size([4, 2, 3]), torch.Size([4, 1, 5])]
     """
     check_shape("image_tokens", image_tokens, "N c", N=layout.num_image_tokens)
-    heights = layout.grids[:, 0].tolist()
     pieces = image_tokens.split(layout.image_lengths)
-    return [rearrange(piece, "(h w) c -> c h w", h=height) for piece, height in zip(pieces, heights, strict=True)]
+    return [
+        rearrange(piece, "(h w) c -> c h w", h=height) for piece, height in zip(pieces, layout.heights, strict=True)
+    ]
 
 
 def pack_text(text_features: Sequence[Tensor], text_mask: Tensor) -> Tensor:

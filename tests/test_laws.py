@@ -772,6 +772,7 @@ def test_a_sample_alone_gives_the_same_result(entry: Entry) -> None:
 
 
 EXCLUDED_MODULES = {
+    "lensmini.parallel": "collectives over process groups; tests/test_parallel.py",
     "lensmini.data.scene": "the miniature's world: pictures from descriptions and back, scene by scene",
 }
 """Prefixes of module names, with the reason."""

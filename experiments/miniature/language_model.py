@@ -8,6 +8,7 @@ that start at a standard deviation of 1 keep them apart, and the gates check it.
 Axes: b captions, l tokens, e width.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.miniature.gates import GateReport, require
+from experiments.miniature.schedule import warmup_flat_decay
 from experiments.miniature.tokenizer import build_tokenizer
 from experiments.runs import append_jsonl, progress, write_json
 from lensmini.data import COLOURS, Scene, describe_scene, sample_scene
@@ -73,8 +75,11 @@ class LanguageModelConfig:
     """Cells a side of the scenes."""
     dense_share: float = 0.75
     """Share of dense captions; the rest are brief."""
-    extra_relations: int = 4
-    """Most relation sentences added to a dense caption in training."""
+    retold_share: float = 0.5
+    """Share of the dense captions that training tells twice, in other words: the second time everything can be
+    looked up in the first, which teaches to keep what belongs together within a minute."""
+    extra_relations: int = 3
+    """Most relation sentences at the end of a caption told twice."""
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
@@ -152,7 +157,9 @@ def train_language_model(
     with progress(config.steps, 0, "language model") as bar:
         for step, (ids, mask, scale) in enumerate(_batches(config, model, tokenizer), start=1):
             for group in optimiser.param_groups:
-                group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup, config.decay_share)
+                group["lr"] = config.learning_rate * warmup_flat_decay(
+                    step, config.steps, config.warmup, config.decay_share
+                )
             losses = _token_losses(model, ids, mask)
             loss = losses.sum() * scale
             loss.backward()
@@ -217,17 +224,6 @@ def build_language_model(config: LanguageModelConfig, vocab_size: int) -> Any:
             elif not name.endswith("norm.weight"):
                 parameter.zero_()
     return model
-
-
-def schedule(step: int, steps: int, warmup: int, decay_share: float) -> float:
-    """Factor of the learning rate at step 1..steps: linear warm-up, flat, linear decay towards zero.
-
-    Example:
-        >>> [schedule(step, 10, 2, 0.5) for step in (1, 2, 5, 6, 10)]
-        [0.5, 1.0, 1.0, 1.0, 0.2]
-    """
-    decay = max(1, round(steps * decay_share))
-    return min(1.0, step / max(1, warmup), (steps - step + 1) / decay)
 
 
 def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig, *, num: int = 256) -> GateReport:
@@ -351,32 +347,29 @@ def held_out_loss(model: Any, tokenizer: Any, config: LanguageModelConfig, *, nu
     total, count = 0.0, 0
     for start in range(0, num, 64):
         numbers = range(HELD_OUT + start, HELD_OUT + min(start + 64, num))
-        ids, mask = _tokens(encoder, [_caption(config, number) for number in numbers])
+        ids, mask = _tokens(encoder, [_caption(config, number, training=False) for number in numbers])
         total += float(_token_losses(model, ids, mask).sum())
         count += int(mask[:, 1:].sum())
     return total / count
 
 
-def _caption(config: LanguageModelConfig, number: int, *, extra_relations: int = 0) -> str:
+def _caption(config: LanguageModelConfig, number: int, *, training: bool) -> str:
     key = number + config.seed * 2**42
     scene = sample_scene(generator=key, grid=config.grid)
-    # The golden ratio's fractional part spreads the two kinds evenly over any run of numbers.
-    dense = (number * 0.6180339887498949) % 1.0 < config.dense_share
-    caption = describe_scene(scene, density="dense" if dense else "brief", generator=key)
-    if dense and extra_relations:
-        caption = " ".join([caption, *_more_relations(scene, extra_relations, key)])
-    return caption
-
-
-def _more_relations(scene: Scene, number: int, key: int) -> Iterator[str]:
-    """Sentences about couples of unlike objects, as the captions say them."""
+    # Multiples of the golden ratio spread the kinds evenly over any run of numbers.
+    turn = number * 0.6180339887498949 % 1.0
+    if turn >= config.dense_share:
+        return describe_scene(scene, density="brief", generator=key)
+    if not training or turn >= config.dense_share * config.retold_share:
+        return describe_scene(scene, generator=key)
+    stream = random.Random(key)
+    told = [describe_scene(scene, generator=key), describe_scene(scene, generator=key + 2**41)]
     unlike = [couple for couple in permutations(scene.objects, 2) if couple[0].pair != couple[1].pair]
-    for turn, index in enumerate(torch.randperm(len(unlike), generator=torch.Generator().manual_seed(key % 2**62))[:number].tolist()):
-        one, other = unlike[index]
-        ways = relations_between(one, other)
-        pair = Scene(scene.background, (one, other), scene.grid)
-        text = describe_scene(pair, relation=ways[(key + turn) % len(ways)], generator=key + turn)
-        yield text.split(" . ")[-1]
+    for one, other in stream.sample(unlike, min(config.extra_relations, len(unlike))):
+        couple = Scene(scene.background, (one, other), scene.grid)
+        relation = stream.choice(relations_between(one, other))
+        told.append(describe_scene(couple, relation=relation, generator=stream.getrandbits(40)).split(" . ")[-1])
+    return " ".join(told)
 
 
 def _tokens(encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -397,7 +390,7 @@ def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterato
     size = config.group * config.batch_size
     for first in range(0, config.steps * config.batch_size, size):
         texts = [
-            _caption(config, number, extra_relations=config.extra_relations) for number in range(first, first + size)
+            _caption(config, number, training=True) for number in range(first, first + size)
         ]
         texts.sort(key=lambda text: text.count(" "))
         batches = []

@@ -85,14 +85,15 @@ def describe_scene(
         density: "dense" or "brief".
         wording: "varied" draws sentence forms and :data:`SYNONYMS`, "plain" always takes the first (the order of
             the objects and the choice of relations stay random).
-        relation: one of :data:`RELATIONS` that a dense caption tells for sure, of the first object to the last.
+        relation: one of :data:`RELATIONS` that a dense caption tells for sure, of the first object to the last;
+            each must be the only one of its colour and shape.
         generator: a seed, or a CPU generator that is advanced by one draw.
 
     Returns:
         Tokens of :data:`SCENE_VOCABULARY` separated by single spaces.
 
     Raises:
-        ValueError: if ``density`` or ``wording`` is unknown, or ``relation`` does not hold.
+        ValueError: if ``density`` or ``wording`` is unknown, or ``relation`` does not hold of two such objects.
 
     Example:
         >>> scene = Scene("white", (SceneObject("circle", "red", "large", 0, 1),))
@@ -103,8 +104,12 @@ def describe_scene(
         raise ValueError(
             f'density, wording: expected "dense" or "brief" and "varied" or "plain", got {density!r}, {wording!r}'
         )
-    if relation is not None and relation not in relations_between(scene.objects[0], scene.objects[-1]):
-        raise ValueError(f"relation: expected one that holds of the first object to the last, got {relation!r}")
+    ends = (scene.objects[0], scene.objects[-1])
+    if relation is not None and not (relation in relations_between(*ends) and {*ends} <= {*_unmistakable(scene)}):
+        raise ValueError(
+            "relation: expected one that holds of the first object to the last, both of a colour-shape pair of their "
+            f"own, got {relation!r}"
+        )
     writer = _Writer(as_random(generator, "caption"), varied=wording == "varied", grid=scene.grid)
     return writer.dense(scene, relation) if density == "dense" else writer.brief(scene)
 
@@ -149,7 +154,7 @@ class _Writer:
     def dense(self, scene: Scene, relation: str | None) -> str:
         kinds = _kinds(scene)
         sentences = [self.opening(scene), *(self.kind(things) for things in shuffled(self.stream, kinds))]
-        unique = [things[0] for things in kinds if len(things) == 1]
+        unique = _unmistakable(scene)
         couples = shuffled(self.stream, list(combinations(unique, 2)))
         # With three objects a second relation is as likely as not: the chain stays short, tokens are what costs.
         number = 1 + (len(unique) > 2 and self.stream.random() < 0.5)
@@ -201,7 +206,7 @@ class _Writer:
         return " ".join([self.say(row), *col])
 
     def brief(self, scene: Scene) -> str:
-        kinds = shuffled(self.stream, _kinds(scene))[:2]
+        kinds = shuffled(self.stream, _kinds(scene, by_size=False))[:2]
         if len(kinds) == 2 and self.stream.random() < 0.3:
             kinds = kinds[:1]
         names = [self.alt_name(things) for things in kinds]
@@ -217,9 +222,15 @@ class _Writer:
         return self.choose(f"{number} {colour} {PLURALS[shape]}", f"some {colour} {PLURALS[shape]}")
 
 
-def _kinds(scene: Scene) -> list[list[SceneObject]]:
-    """The objects, those that differ by their place only together."""
-    kinds: dict[tuple[str, str, str], list[SceneObject]] = {}
+def _unmistakable(scene: Scene) -> list[SceneObject]:
+    """The objects that colour and shape alone tell from all others."""
+    pairs = [thing.pair for thing in scene.objects]
+    return [thing for thing in scene.objects if pairs.count(thing.pair) == 1]
+
+
+def _kinds(scene: Scene, *, by_size: bool = True) -> list[list[SceneObject]]:
+    """The objects, those together that differ by their place only (or, if so asked, by place and size)."""
+    kinds: dict[tuple[str, ...], list[SceneObject]] = {}
     for thing in scene.objects:
-        kinds.setdefault((thing.colour, thing.shape, thing.size), []).append(thing)
+        kinds.setdefault((*thing.pair, thing.size) if by_size else thing.pair, []).append(thing)
     return list(kinds.values())

@@ -13,6 +13,7 @@ from lensmini.nn.modulation import Stream, gated_residual, modulated_norm
 from lensmini.nn.norm import RMSNorm
 from lensmini.nn.rope import RotaryTable
 from lensmini.nn.rotate import normalise_and_rotate
+from lensmini.nn.tracing import needs_plain_ops, plain_ops
 from lensmini.packed import Layout
 from lensmini.shapes import check_shape
 
@@ -154,7 +155,7 @@ class DualStreamBlock(nn.Module):
             rotary: tables of the image and of the text tokens.
             layout: the batch's layout.
             modulation: precomputed result of :meth:`modulation`.
-            backend: of :func:`lensmini.nn.packed_attention`.
+            backend: of :func:`lensmini.nn.packed_attention`; "math" makes the whole block differentiable any number of times.
             skip_text: stop the text stream after it served as keys and values. In a model's last block nothing reads it.
 
         Returns:
@@ -170,6 +171,22 @@ class DualStreamBlock(nn.Module):
             modulation = self.modulation(temb)
         for name, vectors in zip(("image", "text"), modulation, strict=True):
             check_shape(f"{name} modulation", vectors, "b 6 d", b=layout.image_offsets.shape[0] - 1, d=image.shape[-1])
+        if backend == "math" and not needs_plain_ops():
+            with plain_ops():
+                return self._update(image, text, modulation, rotary, layout, backend=backend, skip_text=skip_text)
+        return self._update(image, text, modulation, rotary, layout, backend=backend, skip_text=skip_text)
+
+    def _update(
+        self,
+        image: Tensor,
+        text: Tensor,
+        modulation: tuple[Tensor, Tensor],
+        rotary: tuple[RotaryTable, RotaryTable],
+        layout: Layout,
+        *,
+        backend: AttentionBackend,
+        skip_text: bool,
+    ) -> tuple[Tensor, Tensor]:
         image_mod, text_mod = (vectors.unbind(1) for vectors in modulation)
         image_in = _norm(self.img_norm1, image, image_mod[0], image_mod[1], layout, "image")
         text_in = _norm(self.txt_norm1, text, text_mod[0], text_mod[1], layout, "text")

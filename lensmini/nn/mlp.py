@@ -6,6 +6,7 @@ Axes: d width, m hidden width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lensmini.nn.tracing import needs_plain_ops
 from lensmini.shapes import check_shape
@@ -37,7 +38,7 @@ class SwiGLU(nn.Module):
         gate, value = self.w1(hidden_states), self.w3(hidden_states)
         if torch.is_grad_enabled() or needs_plain_ops():
             return self.w2(silu_gate(gate, value))
-        return self.w2(F.silu(gate, inplace=True).mul_(value))
+        return self.w2(F.silu(gate).mul_(value))
 
 
 def silu_gate(gate: Tensor, value: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(gate).mul_(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001  # pyright: ignore
         gate, value = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * value, gate)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lensmini.nn.norm import rms_normalise
 from lensmini.nn.tracing import needs_plain_ops
@@ -126,6 +127,7 @@ class _ModulatedNorm(torch.autograd.Function):
         return result.to(hidden_states.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205  # pyright: ignore
         hidden_states, weight, scale, inverse_rms = ctx.saved_tensors
         dtype = inverse_rms.dtype
@@ -157,6 +159,7 @@ class _GatedResidual(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205  # pyright: ignore
         update, gate = ctx.saved_tensors
         grad_update = torch.empty_like(update)

@@ -5,6 +5,7 @@ Axes: T tokens, p projections (query and key), h heads, d head width.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lensmini.nn.norm import rms_normalise
 from lensmini.nn.rope import RotaryTable, apply_rotary
@@ -67,6 +68,7 @@ class _NormaliseAndRotate(torch.autograd.Function):
         return _rotate(normed, cos, sin).to(heads.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205  # pyright: ignore
         heads, weight, cos, sin, inverse_rms = ctx.saved_tensors
         dtype = inverse_rms.dtype

@@ -36,7 +36,7 @@ CANVASES = [*MINIATURE_CANVASES, (28, 36), (36, 28), (20, 40), (32, 64), (48, 48
 
 def spoiled(image, spoil, seed):
     if spoil == "blur":
-        return torch.from_numpy(gaussian(image.numpy(), sigma=0.6, channel_axis=0))
+        return torch.from_numpy(gaussian(image.numpy(), sigma=0.8, channel_axis=0))
     noise = tensor(image.shape, seed) * 15 / 255
     return image + noise if spoil == "noise" else image
 

@@ -118,6 +118,16 @@ def test_bytes_are_clamped_and_a_flat_image_stays_flat():
     assert resize_and_crop(flat, Bucket(32, 24)).unique().tolist() == [77]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+def test_a_gpu_gives_what_the_cpu_gives(dtype):
+    image = picture(61, 90, dtype=dtype)
+    result = resize_and_crop(image.cuda(), Bucket(32, 40))
+    assert result.is_cuda and result.dtype == dtype
+    bound = {torch.uint8: 1, torch.float32: 1e-4, torch.bfloat16: 0.02}[dtype]
+    assert (result.cpu().double() - resize_and_crop(image, Bucket(32, 40)).double()).abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

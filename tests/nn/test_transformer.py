@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
 
 from lensmini.nn import DualStreamBlock, LensConfig, LensTransformer, RotaryEmbedding3D
 from lensmini.nn.transformer import Captured, Modulation
@@ -578,7 +577,7 @@ def test_plain_operations_of_forward_mode_equal_the_fused_ones_in_gradients() ->
     assert_close([plain[name] for name in parameters], fused, 1e-9)
 
 
-def test_second_derivatives_are_right_or_refused() -> None:
+def test_second_derivatives_of_the_math_backend_are_right() -> None:
     """A gradient penalty through the model must never be silently wrong."""
     model, batch = tiny_case()
 
@@ -587,12 +586,7 @@ def test_second_derivatives_are_right_or_refused() -> None:
         return model([image], *args, backend="math")[0]
 
     image = batch.latents[0].requires_grad_()
-    try:
-        torch.autograd.gradgradcheck(outputs, (image,), atol=1e-5, rtol=1e-3)
-    except GradcheckError:
-        raise
-    except RuntimeError:
-        pass  # autograd refuses to go through the hand-written backward passes
+    assert torch.autograd.gradgradcheck(outputs, (image,), atol=1e-5, rtol=1e-3)
 
 
 # --- compiling

@@ -1,0 +1,248 @@
+"""Where pre-training's samples come from: scenes drawn from a seed, or a folder of captioned pictures."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.bank import FeatureBank, random_stream, save_bank
+from experiments.miniature.world import Miniature
+from experiments.runs import cached_stage, progress, write_json
+from lensmini.data import (
+    MINIATURE_CANVASES,
+    Scene,
+    assign_buckets,
+    describe_scene,
+    make_buckets,
+    render_scene,
+    resize_and_crop,
+    sample_scene,
+)
+from lensmini.nn import from_uint8
+
+__all__ = ["FolderConfig", "SceneConfig", "folder_banks", "scene_banks"]
+
+_HELD_OUT = 2**40
+"""Numbers of held-out scenes start here; training scenes never get so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneConfig:
+    """Rendered scenes with captions, encoded once."""
+
+    num_captions: int = 4000
+    """Scenes with their captions."""
+    pictures_per_caption: int = 4
+    """Pictures of each scene: other places within the cells, other canvases."""
+    canvases: tuple[tuple[int, int], ...] = MINIATURE_CANVASES
+    """Pixel sizes (height, width), drawn equally often."""
+    density: str = "dense"
+    """Captions: "dense", "brief" or "mixed" (half and half)."""
+    batch_size: int = 24
+    """Samples of one step over all processes."""
+    group_size: int = 4
+    """Neighbours of equal grid and text length."""
+    text_dropout: float = 0.1
+    """Share of samples whose text is masked as a whole; the paper does not state it."""
+    num_held_out: int = 60
+    """Scenes of the validation loss."""
+    seed: int = 0
+    """Seed of scenes and captions."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size, self.group_size, self.text_dropout)
+        if self.density not in ("dense", "brief", "mixed"):
+            raise ValueError(f'density: expected "dense", "brief" or "mixed", got {self.density!r}')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderConfig:
+    """A folder of pictures: ``name.png``, ``.jpg`` or ``.jpeg``, each beside its caption ``name.txt``."""
+
+    path: Path = Path("pictures")
+    """The folder; sub-folders are read too."""
+    side: int = 32
+    """Square root of the area that pictures are resized to, in pixels."""
+    ratios: tuple[float, ...] = (0.5, 2 / 3, 1.0, 1.5, 2.0)
+    """Width over height of the buckets; a picture goes to the nearest and is cropped to it."""
+    min_samples: int = 8
+    """Fewer good pictures than this are an error."""
+    batch_size: int = 24
+    """Samples of one step over all processes."""
+    group_size: int = 4
+    """Neighbours of equal grid and text length."""
+    text_dropout: float = 0.1
+    """Share of samples whose text is masked as a whole; the paper does not state it."""
+    held_out_share: float = 0.05
+    """Share of pictures kept for the validation loss, at least one."""
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size, self.group_size, self.text_dropout)
+
+
+def _check(batch_size: int, group_size: int, text_dropout: float) -> None:
+    if batch_size < 1 or group_size < 1 or batch_size % group_size:
+        raise ValueError(f"batch_size: expected a multiple of group_size = {group_size}, got {batch_size}")
+    if not 0 <= text_dropout <= 1:
+        raise ValueError(f"text_dropout: expected a share in [0, 1], got {text_dropout}")
+
+
+def scene_banks(
+    config: SceneConfig, world: Miniature, out: Path, *, quiet: bool = False
+) -> tuple[FeatureBank, FeatureBank]:
+    """The bank of training scenes and the held-out one, encoded on first use and cached beside the run."""
+    key = {**{name: getattr(config, name) for name in ("num_captions", "pictures_per_caption", "canvases", "density")}}
+    key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key}
+
+    def make(directory: Path) -> None:
+        for name, start, num in (("train", 0, config.num_captions), ("held_out", _HELD_OUT, config.num_held_out)):
+            (directory / name).mkdir()
+            _make_scenes(directory / name, config, world, start + config.seed * 2**42, num, quiet=quiet)
+
+    path, _ = cached_stage(out.parent, "scene-bank", key, make, quiet=quiet)
+    return FeatureBank.load(path / "train"), FeatureBank.load(path / "held_out")
+
+
+def _make_scenes(directory: Path, config: SceneConfig, world: Miniature, start: int, num: int, *, quiet: bool) -> None:
+    captions, waiting = [], []
+    for number in range(num):
+        key = start + number
+        scene = sample_scene(generator=key)
+        density = ("dense", "brief")[number % 2] if config.density == "mixed" else config.density
+        captions.append(describe_scene(scene, density=density, generator=key))  # pyright: ignore[reportArgumentType]
+        for view in range(config.pictures_per_caption):
+            height, width = config.canvases[(number + view) % len(config.canvases)]
+            waiting.append((number, render_scene(_moved(scene, key, view), height, width)))
+    texts = _encode_texts(captions, world, quiet=quiet)
+    save_bank(directory, texts, _encode_pictures(waiting, world, quiet=quiet), captions)
+
+
+def _moved(scene: Scene, key: int, view: int) -> Scene:
+    """The scene with its objects elsewhere within their cells; view 0 is the scene itself."""
+    if view == 0:
+        return scene
+    places = torch.rand(len(scene.objects), 2, generator=random_stream(key, view)).mul(2).sub(1).tolist()
+    objects = (replace(thing, jitter=tuple(place)) for thing, place in zip(scene.objects, places, strict=True))
+    return replace(scene, objects=tuple(objects))
+
+
+def _encode_texts(captions: Sequence[str], world: Miniature, *, quiet: bool) -> list[Tensor]:
+    order = sorted(range(len(captions)), key=lambda index: len(captions[index].split()))
+    texts: dict[int, Tensor] = {}
+    with progress(len(captions), 0, "encode captions", rank=int(quiet)) as bar:
+        for first in range(0, len(order), 64):
+            chosen = order[first : first + 64]
+            features, mask = world.encoder([captions[index] for index in chosen])
+            stacked = torch.stack(features, dim=2)
+            texts |= {index: row[keep] for index, row, keep in zip(chosen, stacked, mask, strict=True)}
+            bar.update(len(chosen))
+    return [texts[index] for index in range(len(captions))]
+
+
+@torch.no_grad()
+def _encode_pictures(
+    waiting: Sequence[tuple[int, Tensor]], world: Miniature, *, quiet: bool
+) -> list[tuple[int, Tensor]]:
+    order = sorted(range(len(waiting)), key=lambda index: tuple(waiting[index][1].shape))
+    latents: dict[int, Tensor] = {}
+    with progress(len(waiting), 0, "encode pictures", rank=int(quiet)) as bar:
+        for chosen in _equal_chunks(order, waiting, 64):
+            images = from_uint8(torch.stack([waiting[index][1] for index in chosen]))
+            latents |= dict(zip(chosen, world.autoencoder.encode(images), strict=True))
+            bar.update(len(chosen))
+    return [(caption, latents[index]) for index, (caption, _) in enumerate(waiting)]
+
+
+def _equal_chunks(order: Sequence[int], waiting: Sequence[tuple[int, Tensor]], size: int) -> Iterable[list[int]]:
+    chunk: list[int] = []
+    for index in order:
+        if chunk and (len(chunk) == size or waiting[index][1].shape != waiting[chunk[0]][1].shape):
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
+def folder_banks(
+    config: FolderConfig, world: Miniature, out: Path, *, quiet: bool = False
+) -> tuple[FeatureBank, FeatureBank]:
+    """The banks of a folder's pictures; what could not be used is listed by cause in ``OUT/folder.json``.
+
+    Raises:
+        ValueError: if the folder is missing or has fewer than ``min_samples`` usable pictures; the message counts causes.
+    """
+    if not config.path.is_dir():
+        raise ValueError(f"data.path: expected a folder of pictures with captions, got {config.path}")
+    files = sorted(p for p in config.path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    stamp = [(p.relative_to(config.path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    stamp += [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.path.rglob("*.txt"))]
+    key = {"files": stamp, "side": config.side, "ratios": config.ratios, "world": world.key}
+    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share}
+
+    def make(directory: Path) -> None:
+        captions, images, dropped = _read_folder(files)
+        causes = Counter(cause for _, cause in dropped)
+        write_json(
+            directory / "folder.json", {"read": len(files), "kept": len(captions), "dropped": causes, "files": dropped}
+        )
+        if len(captions) < config.min_samples:
+            counted = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common()) or "no picture found"
+            raise ValueError(
+                f"data.path: expected at least {config.min_samples} captioned pictures in {config.path}, "
+                f"got {len(captions)} ({counted})"
+            )
+        side = world.autoencoder.downsample
+        buckets = make_buckets(config.side, ratios=config.ratios, multiple=side)
+        sizes = np.array([image.shape[1:] for image in images])
+        chosen = assign_buckets(sizes[:, 0], sizes[:, 1], buckets, small="upscale")
+        pictures = [resize_and_crop(image, buckets[index]) for image, index in zip(images, chosen, strict=True)]
+        texts = _encode_texts(captions, world, quiet=quiet)
+        latents = _encode_pictures(list(enumerate(pictures)), world, quiet=quiet)
+        num_held_out = max(1, round(config.held_out_share * len(captions)))
+        order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+        for name, part in (("held_out", order[:num_held_out]), ("train", order[num_held_out:])):
+            (directory / name).mkdir()
+            pairs = [(number, latents[index][1]) for number, index in enumerate(part)]
+            save_bank(directory / name, [texts[index] for index in part], pairs, [captions[index] for index in part])
+
+    path, _ = cached_stage(out.parent, "folder-bank", key, make, quiet=quiet)
+    if not quiet:
+        for name, source in (("folder.json", path / "folder.json"), ("captions.txt", path / "train" / "captions.txt")):
+            (out / name).write_text(source.read_text())
+    return FeatureBank.load(path / "train"), FeatureBank.load(path / "held_out")
+
+
+def _read_folder(files: Sequence[Path]) -> tuple[list[str], list[Tensor], list[tuple[str, str]]]:
+    """Captions and pictures of the usable files, and (file, cause) of the others."""
+    from PIL import Image, ImageOps
+
+    captions, images, dropped = [], [], []
+    for file in files:
+        try:
+            caption = " ".join(file.with_suffix(".txt").read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            dropped.append((file.as_posix(), "no caption file"))
+            continue
+        except (OSError, UnicodeDecodeError):
+            dropped.append((file.as_posix(), "unreadable caption"))
+            continue
+        if not caption:
+            dropped.append((file.as_posix(), "empty caption"))
+            continue
+        try:
+            with Image.open(file) as image:
+                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except Image.DecompressionBombError:
+            dropped.append((file.as_posix(), "too many pixels"))
+            continue
+        except Exception as error:  # noqa: BLE001  # decoders raise whatever a broken file makes them stumble over
+            dropped.append((file.as_posix(), f"unreadable picture ({type(error).__name__})"))
+            continue
+        captions.append(caption)
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    return captions, images, dropped

@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(named_parameters.values()), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # noqa: ARG002  # pyright: ignore
+    def step(self, closure: None = None) -> None:  # pyright: ignore
         """Update every parameter from its gradient."""
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
@@ -82,4 +82,4 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), pairs in by_shape.items():
             updates = orthogonalise(torch.stack([matrix for _, matrix in pairs]))
             targets = [target for target, _ in pairs]
-            torch._foreach_add_(targets, list(updates.float()), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_add_(targets, list(updates.float()), alpha=-lr * max(1.0, rows / columns) ** 0.5)  # pyright: ignore

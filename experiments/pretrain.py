@@ -19,9 +19,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from experiments.bank import Batch, FeatureBank, random_stream
+from experiments.bank import Batch, FeatureBank
 from experiments.dry_run import describe_run
-from experiments.miniature.world import MiniatureConfig, Miniature, prepare_miniature
+from experiments.miniature.world import Miniature, MiniatureConfig, prepare_miniature
 from experiments.pictures import save_grid
 from experiments.pretrain_data import FolderConfig, SceneConfig, folder_banks, scene_banks
 from experiments.runs import (
@@ -35,7 +35,7 @@ from experiments.runs import (
     write_json,
 )
 from experiments.scoring import paint_prompts, score_suite
-from experiments.training import OptimConfig, TrainingState, read_run
+from experiments.training import OptimConfig, TrainingState
 from lensmini.data import LENS_BUCKETS, Bucket, build_scene_prompts
 from lensmini.nn import LensConfig
 from lensmini.objectives import flow_matching_loss, training_mu
@@ -228,7 +228,7 @@ def evaluate(
         score, _ = score_suite(state.compute, world, prompts, config.data.canvases, config.eval, group)
         row |= {"strict": score.strict, "loose": score.loose, "atom": score.atom}
     if config.run.sample_every and (state.step % config.run.sample_every == 0 or last) and group.rank == 0:
-        canvases = config.data.canvases if scenes else ((32, 32),)  # pyright: ignore
+        canvases = config.data.canvases if isinstance(config.data, SceneConfig) else ((32, 32),)
         prompts = build_scene_prompts(2, seed=1_000_033)
         texts = [p.text for p in prompts] if scenes else world_captions(config)[:12]
         pictures = paint_prompts(state.compute, world, texts, canvases, config.eval)

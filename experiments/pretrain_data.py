@@ -67,8 +67,8 @@ class FolderConfig:
     """The folder; sub-folders are read too."""
     side: int = 32
     """Square root of the area that pictures are resized to, in pixels."""
-    ratios: tuple[float, ...] = (0.5, 2 / 3, 1.0, 1.5, 2.0)
-    """Width over height of the buckets; a picture goes to the nearest and is cropped to it."""
+    ratios: tuple[tuple[int, int], ...] = ((1, 2), (2, 3), (1, 1), (3, 2), (2, 1))
+    """Width to height of the buckets; a picture goes to the nearest and is cropped to it."""
     min_samples: int = 8
     """Fewer good pictures than this are an error."""
     batch_size: int = 24
@@ -240,7 +240,7 @@ def _read_folder(files: Sequence[Path]) -> tuple[list[str], list[Tensor], list[t
         except Image.DecompressionBombError:
             dropped.append((file.as_posix(), "too many pixels"))
             continue
-        except Exception as error:  # noqa: BLE001  # decoders raise whatever a broken file makes them stumble over
+        except Exception as error:  # decoders raise whatever a broken file makes them stumble over
             dropped.append((file.as_posix(), f"unreadable picture ({type(error).__name__})"))
             continue
         captions.append(caption)

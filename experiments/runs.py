@@ -332,7 +332,9 @@ def progress(total: int, initial: int = 0, description: str = "", *, rank: int =
     )
 
 
-def cached_stage(root: Path, name: str, config: Any, make: Callable[[Path], object]) -> tuple[Path, bool]:
+def cached_stage(
+    root: Path, name: str, config: Any, make: Callable[[Path], object], *, quiet: bool = False
+) -> tuple[Path, bool]:
     """Make a directory once for each config, and find it again later.
 
     Args:
@@ -340,6 +342,7 @@ def cached_stage(root: Path, name: str, config: Any, make: Callable[[Path], obje
         name: of the stage.
         config: everything that decides the content.
         make: fills the directory it is given. Of two processes that ask at once, one works and the other waits.
+        quiet: print nothing.
 
     Returns:
         ``root / "{name}-{hash of config}"``, and whether it was there already. Which of the two is printed.
@@ -356,7 +359,8 @@ def cached_stage(root: Path, name: str, config: Any, make: Callable[[Path], obje
         # The lock goes with the process, so that a kill leaves none behind.
         fcntl.flock(lock, fcntl.LOCK_EX)
         reused = path.is_dir()
-        print(f"{name}: {'reused from' if reused else 'making'} {path}", flush=True)
+        if not quiet:
+            print(f"{name}: {'reused from' if reused else 'making'} {path}", flush=True)
         if not reused:
             with atomic_directory(path) as directory:
                 make(directory)

@@ -111,7 +111,7 @@ class TrainingState:
     def refresh(self) -> None:
         """Copy the float32 weights into the low-precision copy."""
         if self.compute is not self.model:
-            torch._foreach_copy_([p.data for p in self.compute.parameters()], [p.data for p in self.model.parameters()])
+            torch._foreach_copy_([p.data for p in self.compute.parameters()], [p.data for p in self.model.parameters()])  # pyright: ignore
 
     def collect(self, group: Group, numbers: list[float]) -> list[float]:
         """Move the gradients into the flat buffer and add it and the numbers up over all processes."""
@@ -120,7 +120,7 @@ class TrainingState:
             pairs = [
                 (g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None
             ]
-            torch._foreach_copy_([g for g, _ in pairs], [grad for _, grad in pairs])
+            torch._foreach_copy_([g for g, _ in pairs], [grad for _, grad in pairs])  # pyright: ignore
             self.extra[: len(numbers)] = torch.tensor(numbers)
             group.sum_(self.flat)
         for parameter in self.compute.parameters():
@@ -154,7 +154,7 @@ class TrainingState:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for parameter, state in optimizer.state.items():
-                moments |= {f"{names[parameter]}.{key}": value for key, value in state.items()}
+                moments |= {f"{names[parameter]}.{key}": value for key, value in state.items()}  # pyright: ignore
         with atomic_directory(path) as new:
             save_file(_contiguous(self.model.state_dict()), new / "model.safetensors")
             save_file(_contiguous(self.ema.state_dict()), new / "ema.safetensors")

@@ -27,7 +27,6 @@ from lensmini.data import (
     MINIATURE_CANVASES,
     SHAPES,
     Scene,
-    SceneObject,
     render_scenes,
     sample_scene,
     verify_scene,
@@ -311,7 +310,9 @@ def token_labels(scenes: Sequence[Scene], height: int, width: int) -> tuple[Tens
         covered = F.avg_pool2d((red - ground) / (paint - ground), 4)
         share, which = covered.max(0)
         there = share >= 0.25
-        colours[index][there] = torch.tensor([list(COLOURS).index(thing.colour) for thing in scene.objects])[which[there]]
+        colours[index][there] = torch.tensor([list(COLOURS).index(thing.colour) for thing in scene.objects])[
+            which[there]
+        ]
         shapes[index][there] = torch.tensor([SHAPES.index(thing.shape) for thing in scene.objects])[which[there]]
     return colours, shapes
 

@@ -389,9 +389,7 @@ def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterato
     generator = torch.Generator().manual_seed(config.seed)
     size = config.group * config.batch_size
     for first in range(0, config.steps * config.batch_size, size):
-        texts = [
-            _caption(config, number, training=True) for number in range(first, first + size)
-        ]
+        texts = [_caption(config, number, training=True) for number in range(first, first + size)]
         texts.sort(key=lambda text: text.count(" "))
         batches = []
         for start in range(0, size, config.batch_size):

@@ -125,20 +125,24 @@ class FeatureBank:
         """Pictures of one step for one process, as (slot in the global batch, picture).
 
         Each group starts with a picture drawn uniformly from the whole bank and is filled up with others of the same
-        shape, so every picture is equally likely. The global batch does not depend on ``world_size``.
+        shape, or for a shape of fewer than ``group_size`` pictures with others of any such rare shape, so that every
+        picture is equally likely. The global batch does not depend on ``world_size``.
         """
+        rare = [picture for members in groups.values() if len(members) < group_size for picture in members]
+        pools = {
+            picture: members if len(members) >= group_size else rare
+            for members in groups.values()
+            for picture in members
+        }
         chosen = []
-        shapes = {picture: members for members in groups.values() for picture in members}
-        for number in range(batch_size // group_size):
-            if number % world_size != rank:
-                continue
+        for number in range(rank, batch_size // group_size, world_size):
             stream = random_stream(seed, step, number)
             first = int(torch.randint(self.num_pictures, (), generator=stream))
-            members = shapes[first]
-            if len(members) < group_size:
-                members = range(self.num_pictures)
-            picks = torch.randperm(len(members), generator=stream)[: group_size - 1].tolist()
-            pictures = [first, *(members[pick] for pick in picks)]
+            pool = pools[first]
+            picks = torch.randperm(len(pool), generator=stream)[: group_size - 1].tolist()
+            while len(picks) < group_size - 1:
+                picks.append(int(torch.randint(len(pool), (), generator=stream)))
+            pictures = [first, *(pool[pick] for pick in picks)]
             chosen += [(number * group_size + offset, picture) for offset, picture in enumerate(pictures)]
         return chosen
 

@@ -51,7 +51,7 @@ def describe_run(config: "PretrainConfig") -> str:
         images = ranks * sum(row[1] for row in rows) / len(rows)
         flops = ranks * sum(row[3] for row in rows) / len(rows)
         lines += [
-            f"images per step     {images:,.0f} on {ranks} ranks (bases equally often: the paper does not say)",
+            f"images per step     {images:,.0f} on {ranks} ranks (bases equally often: not in the paper)",
             f"FLOPs per step      {flops:.3e} without recomputation",
             f"FLOPs of the run    {flops * steps:.3e} in {steps:,} steps",
             f"A100 hours at 40 %  {flops * steps / (0.4 * A100_FLOPS) / 3600:,.0f}, encoders not counted",

@@ -31,7 +31,7 @@ from experiments.pictures import save_grid
 from experiments.runs import append_jsonl, latest_checkpoint, progress, read_jsonl
 from experiments.scoring import paint_prompts
 from experiments.training import read_run
-from lensmini.data import MINIATURE_CANVASES
+from lensmini.data import MINIATURE_CANVASES, SCENE_VOCABULARY
 from lensmini.nn import LensConfig, LensTransformer
 
 __all__ = [
@@ -193,8 +193,8 @@ def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
 
     Example:
         >>> from experiments.miniature.tokenizer import build_tokenizer
-        >>> unknown_words(build_tokenizer(), "a Mauve circle over a hexagon")
-        ['Mauve', 'over', 'hexagon']
+        >>> unknown_words(build_tokenizer(), "a Mauve circle near a hexagon")
+        ['Mauve', 'near', 'hexagon']
     """
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -229,12 +229,13 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
         for number in range(config.num_images_per_prompt)
     ]
     index = config.out / "pictures.jsonl"
-    done = {_key(row): row for row in read_jsonl(index) if (config.out / row["file"]).is_file()}
+    last = {row["file"]: row for row in read_jsonl(index)}
+    done = {_key(row): row for row in last.values() if (config.out / row["file"]).is_file()}
     # A number is used once, whatever was painted first: what a stopped call left out gets the same files later.
     taken = {row["file"] for row in done.values()}
     free = (name for name in map("{:05d}.png".format, range(len(taken) + len(wanted))) if name not in taken)
     missing = [
-        {**row, "checkpoint": checkpoint, "file": next(free)}
+        {**row, "checkpoint": checkpoint.as_posix(), "file": next(free)}
         for key, row in {_key(row): row for row in wanted}.items()
         if key not in done
     ]
@@ -254,10 +255,12 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
                 bar.update()
     rows = [done[_key(row)] for row in wanted]
     shown = rows[:_GRID]
-    labels = [f"{row['file'][:-4]} | {row['height']}x{row['width']}, seed {row['seed']} | {row['prompt']}" for row in shown]
+    labels = [
+        f"{row['file'][:-4]} | {row['height']}x{row['width']}, seed {row['seed']} | {row['prompt']}" for row in shown
+    ]
     save_grid([_load_picture(config.out / row["file"]) for row in shown], labels, config.out / "grid.png")
-    left_out = f" (its first {_GRID})" if len(rows) > _GRID else ""
-    print(f"generate: {len(rows)} pictures in {config.out}, all on {config.out / 'grid.png'}{left_out}", flush=True)
+    shown_as = "all" if len(rows) == len(shown) else f"the first {len(shown)}"
+    print(f"generate: {len(rows)} pictures in {config.out}, {shown_as} on {config.out / 'grid.png'}", flush=True)
     return rows
 
 
@@ -278,8 +281,8 @@ def _report_unknown(prompts: Sequence[str], world: Miniature) -> None:
     for number, words in unknown.items():
         print(f"prompt {number}: the language model does not know {', '.join(map(repr, words))}", file=sys.stderr)
     if unknown:
-        words = sorted(word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens)
-        print(f"it knows: {' '.join(words)}", file=sys.stderr)
+        vocabulary = tokenizer.get_vocab()
+        print(f"it knows: {' '.join(word for word in SCENE_VOCABULARY if word in vocabulary)}", file=sys.stderr)
 
 
 def _key(row: dict[str, Any]) -> str:
@@ -303,9 +306,7 @@ def _load_picture(path: Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def read_config(
-    presets: Sequence[Callable[[], Config]], prog: str, arguments: Sequence[str] | None = None
-) -> Config:
+def read_config(presets: Sequence[Callable[[], Config]], prog: str, arguments: Sequence[str] | None = None) -> Config:
     """Read ``PRESET --overrides`` from the command line; without a preset's name the first one is meant.
 
     Args:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lensmini.parallel import Group
+
 __all__ = ["Muon", "orthogonalise"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -43,6 +45,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         momentum: of the gradient's moving average.
         splits: how many equal matrices, stacked by rows, a parameter stands for, by suffix of its name.
+        group: processes with equal gradients that share the work, each orthogonalising its part of the matrices.
 
     Raises:
         ValueError: if a parameter is not two-dimensional or its rows do not divide.
@@ -55,7 +58,9 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-2,
         momentum: float = 0.95,
         splits: Mapping[str, int] | None = None,
+        group: Group | None = None,
     ) -> None:
+        self.group = Group(0, 1) if group is None else group
         self.num_parts = []
         for name, parameter in named_parameters.items():
             parts = next((n for suffix, n in (splits or {}).items() if name.endswith(suffix)), 1)
@@ -79,7 +84,18 @@ class Muon(torch.optim.Optimizer):
             update = parameter.grad.lerp(buffer, momentum)
             for target, matrix in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
                 by_shape[matrix.shape[0], matrix.shape[1]].append((target, matrix))
+        mine = (self.group.rank, self.group.world_size)
+        updates = {}
+        flat = torch.zeros(sum(len(pairs) * rows * columns for (rows, columns), pairs in by_shape.items()))
+        start = 0
         for (rows, columns), pairs in by_shape.items():
-            updates = orthogonalise(torch.stack([matrix for _, matrix in pairs]))
+            updates[rows, columns] = flat[start : start + len(pairs) * rows * columns].view(len(pairs), rows, columns)
+            start += len(pairs) * rows * columns
+            if len(pairs) > mine[0]:
+                stack = torch.stack([matrix for _, matrix in pairs[mine[0] :: mine[1]]])
+                updates[rows, columns][mine[0] :: mine[1]] = orthogonalise(stack).float()
+        self.group.sum_(flat)
+        for (rows, columns), pairs in by_shape.items():
+            rate = lr * max(1.0, rows / columns) ** 0.5
             targets = [target for target, _ in pairs]
-            torch._foreach_add_(targets, list(updates.float()), alpha=-lr * max(1.0, rows / columns) ** 0.5)  # pyright: ignore
+            torch._foreach_add_(targets, list(updates[rows, columns]), alpha=-rate)  # pyright: ignore

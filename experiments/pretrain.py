@@ -23,7 +23,7 @@ from experiments.bank import Batch, FeatureBank
 from experiments.dry_run import describe_run
 from experiments.miniature.world import Miniature, MiniatureConfig, prepare_miniature
 from experiments.pictures import save_grid
-from experiments.pretrain_data import FolderConfig, SceneConfig, folder_banks, scene_banks
+from experiments.pretrain_data import FolderConfig, FolderError, SceneConfig, find_pictures, folder_banks, scene_banks
 from experiments.runs import (
     RunConfig,
     StopRequest,
@@ -109,10 +109,13 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.init_weights not in ("model", "ema"):
             raise ValueError(f'init_weights: expected "model" or "ema", got {self.init_weights!r}')
-        if isinstance(self.data, SceneConfig | FolderConfig) and self.data.batch_size % self.run.processes:
-            raise ValueError(
-                f"batch_size: expected a multiple of {self.run.processes} processes, got {self.data.batch_size}"
-            )
+        if isinstance(self.data, SceneConfig | FolderConfig):
+            groups = self.data.batch_size // self.data.group_size
+            if groups < self.run.processes:
+                raise ValueError(
+                    f"batch_size: expected at least group_size = {self.data.group_size} for each of "
+                    f"{self.run.processes} processes, got {self.data.batch_size}"
+                )
 
 
 MINI_MODEL = LensConfig(
@@ -227,7 +230,7 @@ def evaluate(
         prompts = build_scene_prompts(max(1, config.eval.num_prompts // 6), seed=1_000_003)
         score, _ = score_suite(state.compute, world, prompts, config.data.canvases, config.eval, group)
         row |= {"strict": score.strict, "loose": score.loose, "atom": score.atom}
-    if config.run.sample_every and (state.step % config.run.sample_every == 0 or last) and group.rank == 0:
+    if group.rank == 0 and (last or due(config.run.sample_every)):
         canvases = config.data.canvases if isinstance(config.data, SceneConfig) else ((32, 32),)
         prompts = build_scene_prompts(2, seed=1_000_033)
         texts = [p.text for p in prompts] if scenes else world_captions(config)[:12]
@@ -250,7 +253,7 @@ def train(group: Group, config: PretrainConfig) -> None:
     world = prepare_miniature(config.miniature, run.out.parent, quiet=group.rank != 0)
     make_banks = scene_banks if isinstance(data, SceneConfig) else folder_banks
     bank, held_out = make_banks(data, world, run.out, quiet=group.rank != 0)  # pyright: ignore[reportArgumentType]
-    state = TrainingState(config.model, optim, seed=run.seed)
+    state = TrainingState(config.model, optim, seed=run.seed, group=group)
     if not state.resume(run.out) and config.init_from is not None:
         state.load(config.init_from, which=config.init_weights, optimizer=not config.reset_optimizer)
     if group.rank == 0:
@@ -302,6 +305,8 @@ def main(config: PretrainConfig) -> None:
         if not config.dry_run:
             raise SystemExit("stage1 and stage2 need the cluster engine, which is not here yet: use --dry-run")
         return
+    if isinstance(config.data, FolderConfig):
+        find_pictures(config.data)
     config.run.out.mkdir(parents=True, exist_ok=True)
     write_json(config.run.out / "config.json", config)
     world = prepare_miniature(config.miniature, config.run.out.parent)
@@ -313,7 +318,11 @@ def main(config: PretrainConfig) -> None:
 def cli() -> None:
     """Read a preset and its overrides from the command line and run it."""
     presets = {make.__name__: (make.__doc__ or "", make()) for make in PRESETS}
-    main(tyro.extras.overridable_config_cli(presets, prog="python -m experiments.pretrain"))
+    config = tyro.extras.overridable_config_cli(presets, prog="python -m experiments.pretrain")
+    try:
+        main(config)
+    except FolderError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from experiments.miniature.world import Miniature
 from experiments.runs import cached_stage, progress, write_json
 from lensmini.data import (
     MINIATURE_CANVASES,
+    Bucket,
     Scene,
     assign_buckets,
     describe_scene,
@@ -24,7 +25,7 @@ from lensmini.data import (
 )
 from lensmini.nn import from_uint8
 
-__all__ = ["FolderConfig", "SceneConfig", "folder_banks", "scene_banks"]
+__all__ = ["FolderConfig", "FolderError", "SceneConfig", "find_pictures", "folder_banks", "scene_banks"]
 
 _HELD_OUT = 2**40
 """Numbers of held-out scenes start here; training scenes never get so far."""
@@ -82,6 +83,17 @@ class FolderConfig:
 
     def __post_init__(self) -> None:
         _check(self.batch_size, self.group_size, self.text_dropout)
+        if self.min_samples < 2 or not 0 <= self.held_out_share <= 0.5:
+            raise ValueError(
+                "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
+                f"got {self.min_samples} and {self.held_out_share}"
+            )
+        self.buckets(4)
+
+    def buckets(self, multiple: int) -> tuple[Bucket, ...]:
+        """The canvases, with sides that are multiples of an autoencoder's factor (4 in the miniature)."""
+        # Few sides are multiples, where pictures are small: the areas have to differ.
+        return make_buckets(self.side, ratios=self.ratios, multiple=multiple, tolerance=0.13)
 
 
 def _check(batch_size: int, group_size: int, text_dropout: float) -> None:
@@ -168,39 +180,57 @@ def _equal_chunks(order: Sequence[int], waiting: Sequence[tuple[int, Tensor]], s
         yield chunk
 
 
+class FolderError(ValueError):
+    """A folder that cannot be trained on; the message is for whoever chose it."""
+
+
+def find_pictures(config: FolderConfig) -> list[Path]:
+    """The folder's picture files: a look at the names, which is worth having before anything is trained.
+
+    Raises:
+        FolderError: if the folder is missing or has fewer than ``min_samples`` pictures with a caption file.
+    """
+    if not config.path.is_dir():
+        raise FolderError(f"data.path: expected a folder of pictures with captions, got {config.path}")
+    files = sorted(p for p in config.path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    bare = sum(not file.with_suffix(".txt").exists() for file in files)
+    _require(config, len(files) - bare, Counter({"no caption file": bare}))
+    return files
+
+
+def _require(config: FolderConfig, kept: int, causes: Counter[str], hint: str = "") -> None:
+    if kept < config.min_samples:
+        counted = ", ".join(f"{number} x {cause}" for cause, number in (+causes).most_common()) or "no picture found"
+        raise FolderError(
+            f"data.path: expected at least {config.min_samples} captioned pictures in {config.path}, "
+            f"got {kept} ({counted}){hint}"
+        )
+
+
 def folder_banks(
     config: FolderConfig, world: Miniature, out: Path, *, quiet: bool = False
 ) -> tuple[FeatureBank, FeatureBank]:
     """The banks of a folder's pictures; what could not be used is listed by cause in ``OUT/folder.json``.
 
     Raises:
-        ValueError: if the folder is missing or has fewer than ``min_samples`` usable pictures; the message counts causes.
+        FolderError: if the folder is missing or has fewer than ``min_samples`` usable pictures; the message counts
+            causes.
     """
-    if not config.path.is_dir():
-        raise ValueError(f"data.path: expected a folder of pictures with captions, got {config.path}")
-    files = sorted(p for p in config.path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    files = find_pictures(config)
     stamp = [(p.relative_to(config.path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stamp += [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.path.rglob("*.txt"))]
     key = {"files": stamp, "side": config.side, "ratios": config.ratios, "world": world.key}
-    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share}
+    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 2}
 
     def make(directory: Path) -> None:
-        captions, images, dropped = _read_folder(files)
+        buckets = config.buckets(world.autoencoder.downsample)
+        captions, pictures, dropped = _read_folder(files, buckets, quiet=quiet)
         causes = Counter(cause for _, cause in dropped)
-        write_json(
-            directory / "folder.json", {"read": len(files), "kept": len(captions), "dropped": causes, "files": dropped}
-        )
-        if len(captions) < config.min_samples:
-            counted = ", ".join(f"{number} x {cause}" for cause, number in causes.most_common()) or "no picture found"
-            raise ValueError(
-                f"data.path: expected at least {config.min_samples} captioned pictures in {config.path}, "
-                f"got {len(captions)} ({counted})"
-            )
-        side = world.autoencoder.downsample
-        buckets = make_buckets(config.side, ratios=config.ratios, multiple=side)
-        sizes = np.array([image.shape[1:] for image in images])
-        chosen = assign_buckets(sizes[:, 0], sizes[:, 1], buckets, small="upscale")
-        pictures = [resize_and_crop(image, buckets[index]) for image, index in zip(images, chosen, strict=True)]
+        report = {"read": len(files), "kept": len(captions), "dropped": causes, "files": dropped}
+        # Beside the run too: the directory goes if there is too little to train on.
+        for place in (directory, out):
+            write_json(place / "folder.json", report)
+        _require(config, len(captions), causes, f"; {out / 'folder.json'} lists the files")
         texts = _encode_texts(captions, world, quiet=quiet)
         latents = _encode_pictures(list(enumerate(pictures)), world, quiet=quiet)
         num_held_out = max(1, round(config.held_out_share * len(captions)))
@@ -217,32 +247,48 @@ def folder_banks(
     return FeatureBank.load(path / "train"), FeatureBank.load(path / "held_out")
 
 
-def _read_folder(files: Sequence[Path]) -> tuple[list[str], list[Tensor], list[tuple[str, str]]]:
-    """Captions and pictures of the usable files, and (file, cause) of the others."""
+def _read_folder(
+    files: Sequence[Path], buckets: Sequence[Bucket], *, quiet: bool
+) -> tuple[list[str], list[Tensor], list[tuple[str, str]]]:
+    """Captions and pictures, cropped to their buckets, of the usable files, and (file, cause) of the others."""
+    captions, images, dropped = [], [], []
+    with progress(len(files), 0, "read pictures", rank=int(quiet)) as bar:
+        for file in files:
+            bar.update()
+            try:
+                # A byte order mark is no part of the caption.
+                caption = " ".join(file.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
+            except FileNotFoundError:
+                dropped.append((file.as_posix(), "no caption file"))
+                continue
+            except (OSError, UnicodeDecodeError):
+                dropped.append((file.as_posix(), "unreadable caption"))
+                continue
+            if not caption:
+                dropped.append((file.as_posix(), "empty caption"))
+                continue
+            try:
+                image = _read_picture(file)
+            except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+                dropped.append((file.as_posix(), f"unreadable picture ({type(error).__name__})"))
+                continue
+            (index,) = assign_buckets([image.shape[1]], [image.shape[2]], buckets, small="upscale")
+            captions.append(caption)
+            images.append(resize_and_crop(image, buckets[index]))
+    return captions, images, dropped
+
+
+def _read_picture(file: Path) -> Tensor:
+    """``[3, h, w]`` uint8 as a person sees it: upright, over white where it is transparent."""
     from PIL import Image, ImageOps
 
-    captions, images, dropped = [], [], []
-    for file in files:
-        try:
-            caption = " ".join(file.with_suffix(".txt").read_text(encoding="utf-8").split())
-        except FileNotFoundError:
-            dropped.append((file.as_posix(), "no caption file"))
-            continue
-        except (OSError, UnicodeDecodeError):
-            dropped.append((file.as_posix(), "unreadable caption"))
-            continue
-        if not caption:
-            dropped.append((file.as_posix(), "empty caption"))
-            continue
-        try:
-            with Image.open(file) as image:
-                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except Image.DecompressionBombError:
-            dropped.append((file.as_posix(), "too many pixels"))
-            continue
-        except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-            dropped.append((file.as_posix(), f"unreadable picture ({type(error).__name__})"))
-            continue
-        captions.append(caption)
-        images.append(torch.from_numpy(pixels).permute(2, 0, 1))
-    return captions, images, dropped
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        # 16 bits of grey, which PIL would cut off at 255.
+        grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(grey)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -84,11 +84,12 @@ class TrainingState:
         model_config: of the transformer.
         optim: optimiser settings.
         seed: of the initial weights.
+        group: the processes that train together.
     """
 
     NUM_EXTRA = 3
 
-    def __init__(self, model_config: LensConfig, optim: OptimConfig, *, seed: int) -> None:
+    def __init__(self, model_config: LensConfig, optim: OptimConfig, *, seed: int, group: Group | None = None) -> None:
         self.optim = optim
         self.model = LensTransformer(model_config).init_weights(seed, gate=optim.init_gate)
         self.ema = deepcopy(self.model).requires_grad_(False)
@@ -105,7 +106,7 @@ class TrainingState:
             torch.optim.AdamW(rest, optim.lr, optim.betas, optim.eps, optim.weight_decay, foreach=True)
         ]
         if hidden:
-            self.optimizers.append(Muon(hidden, lr=optim.muon_lr, splits={"qkv.weight": 3}))
+            self.optimizers.append(Muon(hidden, lr=optim.muon_lr, splits={"qkv.weight": 3}, group=group))
         self.step = 0
 
     def refresh(self) -> None:

@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
-__all__ = ["Group", "run_processes"]
+__all__ = ["Group", "die_with_parent", "run_processes"]
 
 
 class Group:
@@ -55,7 +59,7 @@ def run_processes(function: Callable[..., None], num_processes: int, *arguments:
     """Call ``function(group, *arguments)`` in that many processes on this machine and wait for them.
 
     One process means this one. Under ``torchrun`` (its environment variables are set) the call joins that job instead.
-    SIGTERM and Ctrl-C reach every worker, which may save and leave; workers die with their parent.
+    SIGTERM and Ctrl-C reach every worker as SIGTERM, which may save and leave; workers die with their parent.
 
     Args:
         function: importable, so that a fresh process finds it.
@@ -64,7 +68,8 @@ def run_processes(function: Callable[..., None], num_processes: int, *arguments:
 
     Raises:
         ValueError: if num_processes is not positive.
-        torch.multiprocessing.ProcessRaisedException: if a worker fails, with its traceback; the others are ended.
+        RuntimeError: if a worker fails, with the traceback of the first that did; the others are ended.
+        SystemExit: if a worker takes no care of SIGTERM and dies of it, with the shell's exit code for the signal.
 
     Example:
         >>> run_processes(lambda group, name: print(name, group.rank), 1, "worker")
@@ -80,33 +85,56 @@ def run_processes(function: Callable[..., None], num_processes: int, *arguments:
         function(Group(0, 1), *arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
-        payload = (num_processes, os.path.join(folder, "store"), os.getpid(), function, arguments)
-        context = torch.multiprocessing.spawn(_worker, payload, nprocs=num_processes, join=False)  # pyright: ignore
+        context: Any = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+            _worker, (num_processes, folder, os.getpid(), function, arguments), nprocs=num_processes, join=False
+        )
+        asked: list[int] = []
 
         def forward(number: int, frame: FrameType | None) -> None:
-            for process in context.processes:  # pyright: ignore[reportOptionalMemberAccess]
-                if process.pid is not None and process.is_alive():
-                    os.kill(process.pid, number)
+            asked.append(number)
+            for process in context.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGTERM)
 
-        # Ctrl-C comes to the whole foreground job by itself; SIGTERM comes to the parent alone.
-        previous = [(s, signal.signal(s, h)) for s, h in ((signal.SIGTERM, forward), (signal.SIGINT, lambda *_: None))]
+        previous = [(number, signal.signal(number, forward)) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
-            while not context.join():  # pyright: ignore[reportOptionalMemberAccess]
+            while not context.join():
                 pass
+        except ProcessException:
+            failure, codes = Path(folder, "failure"), [process.exitcode for process in context.processes]
+            if asked and not failure.exists():
+                raise SystemExit(128 + asked[0]) from None
+            text = failure.read_text() if failure.exists() else "none of them could say why"
+            raise RuntimeError(f"workers ended with exit codes {codes}; the first failure:\n{text}") from None
         finally:
             for number, handler in previous:
                 signal.signal(number, handler)
 
 
-def _worker(
-    rank: int, world_size: int, store: str, parent: int, function: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
+def die_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent ends, however that happens; elsewhere nothing.
+
+    Args:
+        parent: process id of the parent, which may have ended already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on training.
         if os.getppid() != parent:
             os._exit(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    _run(function, rank, world_size, arguments)
+
+
+def _worker(
+    rank: int, world_size: int, folder: str, parent: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    die_with_parent(parent)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        _run(function, rank, world_size, arguments)
+    except Exception:
+        # Whoever fails first is the cause: the others only lose their connection to it.
+        with suppress(FileExistsError), Path(folder, "failure").open("x") as file:
+            file.write(f"worker {rank}: {traceback.format_exc()}")
+        raise
 
 
 def _run(function: Callable[..., None], rank: int, world_size: int, arguments: tuple[Any, ...]) -> None:

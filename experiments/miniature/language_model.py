@@ -23,8 +23,8 @@ from experiments.miniature.gates import GateReport, require
 from experiments.miniature.schedule import warmup_flat_decay
 from experiments.miniature.tokenizer import build_tokenizer
 from experiments.runs import append_jsonl, progress, write_json
-from lensmini.data import COLOURS, Scene, describe_scene, sample_scene
-from lensmini.data.scene_captions import RELATIONS, SYNONYMS, relations_between
+from lensmini.data import COLOURS, Scene, SceneObject, describe_scene, sample_scene
+from lensmini.data.scene_captions import RELATIONS, SYNONYMS, place_name, relations_between
 from lensmini.nn.norm import RMSNorm
 from lensmini.nn.text_encoder import TextEncoder
 
@@ -36,6 +36,7 @@ __all__ = [
     "load_language_model",
     "relation_accuracy",
     "smallest_language_model",
+    "summarise_scene",
     "train_language_model",
 ]
 
@@ -75,14 +76,13 @@ class LanguageModelConfig:
     """Cells a side of the scenes."""
     dense_share: float = 0.75
     """Share of dense captions; the rest are brief."""
-    retold_share: float = 0.5
-    """Share of the dense captions that training tells twice, in other words: the second time everything can be
-    looked up in the first, which teaches to keep what belongs together within a minute."""
-    extra_relations: int = 3
-    """Most relation sentences at the end of a caption told twice."""
-    steps: int = 200
+    summary_share: float = 1.0
+    """Share of the dense captions that training follows up with a plain summary (:func:`summarise_scene`)."""
+    num_relations: int = 3
+    """Most relations of a summary."""
+    steps: int = 400
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Captions of a step."""
     group: int = 10
     """Batches that are drawn at once and sorted by length, so that little is spent on padding; divides steps."""
@@ -226,6 +226,36 @@ def build_language_model(config: LanguageModelConfig, vocab_size: int) -> Any:
     return model
 
 
+def summarise_scene(scene: Scene, *, num_relations: int, seed: int) -> str:
+    """Say a scene plainly: cell by cell in reading order, then relations.
+
+    Behind a caption nearly every word of it can be looked up, while much of a caption is free choice. That is what
+    teaches a language model, within a minute, to keep together what belongs together.
+
+    Args:
+        scene: what to summarise.
+        num_relations: most relations; couples of equal colour and shape have none.
+        seed: chooses the couples.
+
+    Returns:
+        Tokens of the captions' vocabulary.
+
+    Example:
+        >>> summarise_scene(Scene("white", (SceneObject("circle", "red", "large", 0, 1),)), num_relations=2, seed=0)
+        'the top right : large red circle .'
+    """
+    stream = random.Random(seed)
+    sentences = [
+        f"the {place_name(thing.cell, scene.grid)} : {thing.size} {thing.colour} {thing.shape} ."
+        for thing in sorted(scene.objects, key=lambda thing: thing.cell)
+    ]
+    unlike = [couple for couple in permutations(scene.objects, 2) if couple[0].pair != couple[1].pair]
+    for one, other in stream.sample(unlike, min(num_relations, len(unlike))):
+        relation = relations_between(one, other)[0]
+        sentences.append(f"the {one.colour} {one.shape} is {relation} the {other.colour} {other.shape} .")
+    return " ".join(sentences)
+
+
 def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig, *, num: int = 256) -> GateReport:
     """Measure whether features of this model can tell an image model what to paint.
 
@@ -360,16 +390,10 @@ def _caption(config: LanguageModelConfig, number: int, *, training: bool) -> str
     turn = number * 0.6180339887498949 % 1.0
     if turn >= config.dense_share:
         return describe_scene(scene, density="brief", generator=key)
-    if not training or turn >= config.dense_share * config.retold_share:
-        return describe_scene(scene, generator=key)
-    stream = random.Random(key)
-    told = [describe_scene(scene, generator=key), describe_scene(scene, generator=key + 2**41)]
-    unlike = [couple for couple in permutations(scene.objects, 2) if couple[0].pair != couple[1].pair]
-    for one, other in stream.sample(unlike, min(config.extra_relations, len(unlike))):
-        couple = Scene(scene.background, (one, other), scene.grid)
-        relation = stream.choice(relations_between(one, other))
-        told.append(describe_scene(couple, relation=relation, generator=stream.getrandbits(40)).split(" . ")[-1])
-    return " ".join(told)
+    caption = describe_scene(scene, generator=key)
+    if training and turn < config.dense_share * config.summary_share:
+        return f"{caption} {summarise_scene(scene, num_relations=config.num_relations, seed=key)}"
+    return caption
 
 
 def _tokens(encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:

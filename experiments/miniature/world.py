@@ -1,6 +1,7 @@
 """What every miniature run stands on: the frozen language model and autoencoder, trained once and cached."""
 
 import multiprocessing
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from experiments.miniature.autoencoder import AutoencoderConfig, load_autoencode
 from experiments.miniature.language_model import LanguageModelConfig, load_language_model, train_language_model
 from experiments.runs import cached_stage, config_hash, progress
 from lensmini.nn import Autoencoder, TextEncoder
+from lensmini.parallel import die_with_parent
 
 __all__ = ["Miniature", "MiniatureConfig", "prepare_miniature"]
 
@@ -70,7 +72,8 @@ def prepare_miniature(config: MiniatureConfig, root: Path, *, quiet: bool = Fals
     if len(missing) == 2:
         context = multiprocessing.get_context("spawn")
         workers = [
-            context.Process(target=_make, args=(root, *stage, position)) for position, stage in enumerate(missing)
+            context.Process(target=_make, args=(root, *stage, position, os.getpid()))
+            for position, stage in enumerate(missing)
         ]
         for worker in workers:
             worker.start()
@@ -88,7 +91,8 @@ def prepare_miniature(config: MiniatureConfig, root: Path, *, quiet: bool = Fals
     return Miniature(encoder, load_autoencoder_miniature(paths[1]), key, reused)
 
 
-def _make(root: Path, name: str, part: Any, make: Any, position: int) -> None:
+def _make(root: Path, name: str, part: Any, make: Any, position: int, parent: int) -> None:
+    die_with_parent(parent)
     torch.set_num_threads(1)
     make.keywords["progress"] = partial(progress, position=position)
     cached_stage(root, name, part, make)

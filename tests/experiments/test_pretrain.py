@@ -1,0 +1,255 @@
+"""A run that is killed anywhere, or asked to stop, ends as one that never was; presets describe themselves."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import pretrain
+from experiments.pretrain import PRESETS, PaperDataConfig
+from experiments.runs import read_jsonl
+from tests.experiments import tiny_run
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+PLACES = tiny_run.PLACES
+
+# Processes that start from one which has imported everything: a launch takes a second instead of ten.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.experiments.tiny_run", "transformers.models.gpt_oss.modeling_gpt_oss"])
+
+
+def launch(out: Path, strike: str | None = None) -> int | None:
+    """Run the same command again; returns how it ended."""
+    os.environ["OMP_NUM_THREADS"], before = "1", os.environ.get("OMP_NUM_THREADS")
+    process = CONTEXT.Process(target=tiny_run.run, args=(out, strike), kwargs={"fork": True})
+    process.start()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+    process.join(180)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What a run is compared by: metrics, pictures and the last checkpoint's tensors."""
+    last = out / f"step-{STEPS:06d}"
+    files = [out / "metrics.jsonl", *out.glob("samples-*.png"), *last.glob("*.safetensors"), last / "config.json"]
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the frozen parts."""
+    path = tmp_path_factory.getbasetemp() / "tiny"
+    tiny_run.prepare(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """A run that nobody disturbs."""
+    assert launch(root / "whole") == 0
+    return root / "whole"
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    expected, found = contents(whole), contents(out)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_an_undisturbed_run_leaves_what_it_promises(whole: Path) -> None:
+    rows = read_jsonl(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["loss"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "validation" in row] == [4, 8, 12, 16, 20]
+    assert [row["step"] for row in rows if "strict" in row] == [7, 14, 20]
+    assert {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.json"} == {
+        Path(name).name for name in contents(whole) if name.startswith("step-")
+    }
+    assert sorted(path.name for path in whole.glob("step-*")) == ["step-000018", "step-000020"]
+    assert len(list(whole.glob("samples-*.png"))) == 3
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["step"] == STEPS and summary["loss"] == rows[-1]["loss"]
+    assert summary["config"] == json.loads((whole / "config.json").read_text())
+    run = json.loads((whole / "step-000020" / "run.json").read_text())
+    assert run["config"] == summary["config"] and run["provenance"]["versions"]["torch"]
+
+
+def test_the_same_command_after_the_end_changes_nothing(whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
+    assert launch(whole) == 0
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == times
+
+
+def test_three_kills_leave_no_trace(root: Path, whole: Path) -> None:
+    draw, out = random.Random(0), root / "three-kills"
+    assert launch(out, f"parent:KILL:update:{draw.randint(4, 8)}") == -signal.SIGKILL
+    assert launch(out, f"1:KILL:update:{draw.randint(2, 5)}") == 1
+    # The second checkpoint from here, after one of its three files.
+    assert launch(out, f"0:KILL:file:{3 + draw.randint(1, 3)}") == 1
+    assert 0 < len(read_jsonl(out / "metrics.jsonl")) < STEPS
+    assert list(out.glob(".step-*")), "a half-written checkpoint is there and does not count"
+    assert launch(out) == 0
+    assert_same_run(out, whole)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(root: Path, whole: Path) -> None:
+    out = root / "stopped"
+    assert launch(out, "parent:TERM:update:5") == 0
+    (checkpoint,) = [path for path in out.glob("step-*") if path.name != "step-000003"]
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    assert 5 <= stopped <= 7
+    assert read_jsonl(out / "metrics.jsonl")[-1]["step"] == stopped
+    assert not (out / "summary.json").exists()
+    assert launch(out) == 0
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["parent", "0"])
+@pytest.mark.parametrize("where", PLACES)
+def test_a_kill_at_any_place_leaves_no_trace(root: Path, whole: Path, who: str, where: str) -> None:
+    out = root / f"kill-{who}-{where}"
+    assert launch(out, f"{who}:KILL:{where}:2") == (-signal.SIGKILL if who == "parent" else 1)
+    assert launch(out) == 0
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_the_real_command_leave_no_trace(root: Path, whole: Path) -> None:
+    draw, out = random.Random(1), root / "ten-kills"
+    command = [sys.executable, "-m", "tests.experiments.tiny_run", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ends = 0
+    for _ in range(10):
+        who, where = draw.choice(["parent", "0", "1"]), draw.choice(["update", "update", "file", "row"])
+        strike = f"{who}:KILL:{'update' if who == '1' else where}:{draw.randint(1, 4)}"
+        ends += subprocess.run([*command, strike], cwd=ROOT, env=environment, capture_output=True).returncode != 0
+    assert ends >= 7, "hardly ever finished before it was killed"
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_kills_from_outside_at_any_time_leave_no_trace_and_no_process(root: Path, whole: Path) -> None:
+    draw, out = random.Random(2), root / "outside"
+    command = [sys.executable, "-m", "tests.experiments.tiny_run", str(out)]
+    for _ in range(4):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = len(read_jsonl(out / "metrics.jsonl"))
+        end = time.monotonic() + 120
+        while process.poll() is None and len(read_jsonl(out / "metrics.jsonl")) == rows and time.monotonic() < end:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.5))
+        workers = _children(process.pid)
+        process.kill()
+        process.wait()
+        time.sleep(0.5)
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert_same_run(out, whole)
+
+
+def _children(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    direct = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    return [pid for pid in direct if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    pretrain.cli()
+
+
+@pytest.mark.parametrize("preset", [preset.__name__ for preset in PRESETS])
+def test_every_preset_describes_itself(
+    preset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_cli(monkeypatch, preset, "--dry-run")
+    output = capsys.readouterr().out
+    config = json.loads(output[: output.index("\n}") + 2])
+    assert config["dry_run"] is True and config["run"]["out"] == f"runs/{preset}"
+    assert "parameters" in output and "FLOPs per step" in output and "training state" in output
+    assert ("4,104,225,152" in output) == preset.startswith("stage")
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_the_papers_stages_are_the_papers() -> None:
+    first, second = pretrain.stage1(), pretrain.stage2()
+    for stage in (first, second):
+        assert isinstance(stage.data, PaperDataConfig)
+        assert (stage.optim.betas, stage.optim.grad_clip, stage.optim.muon_lr) == ((0.9, 0.999), 1.0, 0.0)
+        assert (stage.run.steps, stage.optim.decay_fraction, stage.optim.dtype) == (400_000, 0.0, "bfloat16")
+    assert isinstance(first.data, PaperDataConfig) and isinstance(second.data, PaperDataConfig)
+    assert first.data.num_ranks * first.data.images_per_rank[0] == 3072
+    assert len(first.data.buckets) == 1 and len(second.data.buckets) == 27
+    assert (first.optim.lr, second.optim.lr) == (2e-4, 1e-4)
+    assert second.init_from is not None and first.run.steps == int(second.init_from.name.removeprefix("step-"))
+
+
+def test_the_papers_stages_say_that_they_cannot_run_yet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(monkeypatch, "stage1")
+    assert "--dry-run" in str(stop.value.code), "a text ends the process with code 1"
+    assert "4,104,225,152" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing"),
+        ([], "mini"),
+        (["mini", "--run.stepz", "3"], "run.stepz"),
+        (["mini", "--run.steps", "many"], "many"),
+        (["mini", "--run.steps", "0"], "steps: expected at least 1"),
+        (["mini", "--optim.dtype", "float16"], "dtype: expected"),
+        (["mini", "--data.batch-size", "25"], "batch_size: expected a multiple of group_size"),
+        (["mini", "--run.processes", "7"], "processes, got 24"),
+        (["mini", "--data.density", "thick"], "density: expected"),
+        (["mini", "--model.num-layers", "0"], "num_layers: expected"),
+        (["mini", "--init-weights", "mean"], "init_weights: expected"),
+    ],
+)
+def test_a_wrong_argument_is_explained_without_a_traceback(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        run_cli(monkeypatch, *arguments)
+    assert stop.value.code not in (0, None)
+    output = capsys.readouterr()
+    text = " ".join((output.out + output.err).replace("│", " ").split())
+    assert message in text and "Traceback" not in text
+
+
+def test_the_command_line_works_from_a_shell() -> None:
+    command = [sys.executable, "-m", "experiments.pretrain", "stage2", "--dry-run"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "parameters          4,104,225,152" in output
+
+
+def test_processes_may_get_unequal_parts_but_each_gets_one(tmp_path: Path) -> None:
+    for processes in (1, 3, 4):
+        assert tiny_run.tiny_config(tmp_path, processes=processes).run.processes == processes
+    with pytest.raises(ValueError, match="for each of 5 processes"):
+        tiny_run.tiny_config(tmp_path, processes=5)

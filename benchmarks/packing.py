@@ -36,7 +36,9 @@ def block_flops(image_tokens: int, text_tokens: int) -> int:
     return 24 * DIM**2 * tokens + 4 * tokens**2 * DIM
 
 
-def padded_step(block: DualStreamBlock, streams: list[Tensor], temb: Tensor, tables: list, valid: Tensor) -> list[Tensor]:
+def padded_step(
+    block: DualStreamBlock, streams: list[Tensor], temb: Tensor, tables: list, valid: Tensor
+) -> list[Tensor]:
     """The block as it is usually written, on dense padded streams ``[b, n, d]`` and ``[b, l, d]``."""
     attn, outputs, heads = block.attn, [], []
     norms = ((attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k))
@@ -47,13 +49,21 @@ def padded_step(block: DualStreamBlock, streams: list[Tensor], temb: Tensor, tab
     ):
         hidden = first(stream) * (1 + mod[1]) + mod[0]
         q, k, v = project(hidden).unflatten(-1, (3, HEADS, -1)).unbind(2)
-        q, k = (apply_rotary(n(x).flatten(0, 1), table).unflatten(0, x.shape[:2]) for n, x in zip(norm, (q, k), strict=True))
+        q, k = (
+            apply_rotary(n(x).flatten(0, 1), table).unflatten(0, x.shape[:2]) for n, x in zip(norm, (q, k), strict=True)
+        )
         heads.append((q, k, v))
     joint = [torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*heads, strict=True)]
     attended = F.scaled_dot_product_attention(*joint, attn_mask=valid[:, None, None]).transpose(1, 2).flatten(2)
     parts = attended.split([streams[0].shape[1], streams[1].shape[1]], dim=1)
     for stream, part, project, second, mlp, mod in zip(
-        streams, parts, (attn.to_out[0], attn.to_add_out), seconds, (block.img_mlp, block.txt_mlp), modulations, strict=True
+        streams,
+        parts,
+        (attn.to_out[0], attn.to_add_out),
+        seconds,
+        (block.img_mlp, block.txt_mlp),
+        modulations,
+        strict=True,
     ):
         stream = stream + mod[2] * project(part)
         outputs.append(stream + mod[5] * mlp(second(stream) * (1 + mod[4]) + mod[3]))
@@ -62,7 +72,9 @@ def padded_step(block: DualStreamBlock, streams: list[Tensor], temb: Tensor, tab
 
 def pad(tokens: Tensor, lengths: tuple[int, ...], longest: int) -> Tensor:
     """Packed ``[T, ...]`` to dense ``[b, longest, ...]`` with zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence([*tokens.split(lengths), tokens.new_zeros(longest, *tokens.shape[1:])], True)[:-1]
+    return torch.nn.utils.rnn.pad_sequence(
+        [*tokens.split(lengths), tokens.new_zeros(longest, *tokens.shape[1:])], True
+    )[:-1]
 
 
 def measure(bases: tuple[int, ...], rounds: int) -> dict[str, float]:
@@ -74,10 +86,14 @@ def measure(bases: tuple[int, ...], rounds: int) -> dict[str, float]:
     temb = torch.randn(9, DIM)
     image = torch.randn(layout.num_image_tokens, DIM, requires_grad=True)
     text = torch.randn(layout.num_text_tokens, DIM, requires_grad=True)
-    lengths, longest = (layout.image_lengths, layout.text_lengths), (max(layout.image_lengths), max(layout.text_lengths))
+    lengths, longest = (
+        (layout.image_lengths, layout.text_lengths),
+        (max(layout.image_lengths), max(layout.text_lengths)),
+    )
     dense = [pad(x.detach(), n, m).requires_grad_() for x, n, m in zip((image, text), lengths, longest, strict=True)]
     dense_tables = [
-        type(table)(*(pad(x, n, m).flatten(0, 1) for x in table)) for table, n, m in zip(tables, lengths, longest, strict=True)
+        type(table)(*(pad(x, n, m).flatten(0, 1) for x in table))
+        for table, n, m in zip(tables, lengths, longest, strict=True)
     ]
     masks = [torch.arange(m) < torch.tensor(n)[:, None] for n, m in zip(lengths, longest, strict=True)]
     saved: dict[int, int] = {}
@@ -91,7 +107,9 @@ def measure(bases: tuple[int, ...], rounds: int) -> dict[str, float]:
     def padded() -> Tensor:
         block.zero_grad()
         outputs = padded_step(block, dense, temb, dense_tables, torch.cat(masks, dim=1))
-        torch.autograd.backward(outputs, [mask[..., None].to(x.dtype).expand_as(x) for mask, x in zip(masks, outputs)])
+        torch.autograd.backward(
+            outputs, [mask[..., None].to(x.dtype).expand_as(x) for mask, x in zip(masks, outputs, strict=True)]
+        )
         return outputs[0].detach()[masks[0]]
 
     difference = (packed() - padded()).abs().max().item()

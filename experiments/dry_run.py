@@ -45,7 +45,8 @@ def describe_run(config: "PretrainConfig") -> str:
         lines.append("base  images/rank  tokens  train TFLOP/rank-step  activations GB (kept / recomputed)")
         for base, images, mean, flops, memory, recomputed in rows:
             lines.append(
-                f"{base:4d}  {images:11d}  {mean:6.0f}  {flops / 1e12:21.1f}  {memory / 1e9:14.1f} / {recomputed / 1e9:.1f}"
+                f"{base:4d}  {images:11d}  {mean:6.0f}  {flops / 1e12:21.1f}  "
+                f"{memory / 1e9:14.1f} / {recomputed / 1e9:.1f}"
             )
         ranks = data.num_ranks  # pyright: ignore[reportAttributeAccessIssue]
         images = ranks * sum(row[1] for row in rows) / len(rows)

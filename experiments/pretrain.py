@@ -225,15 +225,15 @@ def evaluate(
 
     if due(config.eval.validate_every):
         row |= validation_losses(state, bank, group, config.run.seed)
-    scenes = isinstance(config.data, SceneConfig)
-    if scenes and due(config.eval.score_every):
+    data = config.data
+    if isinstance(data, SceneConfig) and due(config.eval.score_every):
         prompts = build_scene_prompts(max(1, config.eval.num_prompts // 6), seed=1_000_003)
-        score, _ = score_suite(state.compute, world, prompts, config.data.canvases, config.eval, group)
+        score, _ = score_suite(state.compute, world, prompts, data.canvases, config.eval, group)
         row |= {"strict": score.strict, "loose": score.loose, "atom": score.atom}
     if group.rank == 0 and (last or due(config.run.sample_every)):
-        canvases = config.data.canvases if isinstance(config.data, SceneConfig) else ((32, 32),)
+        canvases = data.canvases if isinstance(data, SceneConfig) else ((32, 32),)
         prompts = build_scene_prompts(2, seed=1_000_033)
-        texts = [p.text for p in prompts] if scenes else world_captions(config)[:12]
+        texts = [p.text for p in prompts] if isinstance(data, SceneConfig) else world_captions(config)[:12]
         pictures = paint_prompts(state.compute, world, texts, canvases, config.eval)
         save_grid(pictures, texts, config.run.out / f"samples-{state.step:06d}.png")
     return row

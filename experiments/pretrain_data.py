@@ -88,9 +88,9 @@ class FolderConfig:
                 "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
                 f"got {self.min_samples} and {self.held_out_share}"
             )
-        self.buckets(4)
+        self.buckets_for(4)
 
-    def buckets(self, multiple: int) -> tuple[Bucket, ...]:
+    def buckets_for(self, multiple: int) -> tuple[Bucket, ...]:
         """The canvases, with sides that are multiples of an autoencoder's factor (4 in the miniature)."""
         # Few sides are multiples, where pictures are small: the areas have to differ.
         return make_buckets(self.side, ratios=self.ratios, multiple=multiple, tolerance=0.13)
@@ -223,7 +223,7 @@ def folder_banks(
     key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 2}
 
     def make(directory: Path) -> None:
-        buckets = config.buckets(world.autoencoder.downsample)
+        buckets = config.buckets_for(world.autoencoder.downsample)
         captions, pictures, dropped = _read_folder(files, buckets, quiet=quiet)
         causes = Counter(cause for _, cause in dropped)
         report = {"read": len(files), "kept": len(captions), "dropped": causes, "files": dropped}

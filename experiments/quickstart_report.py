@@ -97,11 +97,12 @@ def write_report(out: Path, summary: Mapping[str, Any], scores: Mapping[str, Any
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
-    ratio = summary["verifier_strict"] / summary["chance_strict"] if summary["chance_strict"] else None
+    chance = summary["chance_strict"]
+    times = f"the model has {summary['verifier_strict'] / chance:.0f} times as many" if chance else "no hit at all"
     interval = f"95 %: {_share(summary['verifier_strict_low'])} to {_share(summary['verifier_strict_high'])}"
     boxes = [
         ("verifier_strict", "painted without a mistake", f"{interval}; {summary['num_prompts']} prompts"),
-        ("chance_strict", "by chance", "" if ratio is None else f"the model has {ratio:.0f} times as many"),
+        ("chance_strict", "by chance", times),
         ("autoencoder_strict", "ceiling", "perfect pictures through the autoencoder"),
         ("verifier_loose", "right but for shapes", f"by chance {_share(summary['chance_loose'])}"),
         ("unseen_strict", "on sizes never trained", f"{summary['num_prompts_of_others']} prompts"),
@@ -267,8 +268,7 @@ def _next(summary: Mapping[str, Any]) -> str:
     run = summary["config"]["run"]
     named = "" if run["out"] == "runs/quickstart" else f" --checkpoint {run['out']}"
     steps, seed = 2 * run["steps"], run["seed"] + 1
-    prompt = "two shapes on a white background . at the top left is a large red circle . "
-    prompt += "at the bottom right is a small blue square ."
+    prompt = "two things on white . at the top left is a large red circle . at the bottom right a small blue box ."
     commands = [
         ("Paint your own prompt, on ten sizes", f'python -m experiments.generate ratios "{prompt}"{named}'),
         ("Train longer", f"python -m experiments.quickstart --run.out runs/longer --run.steps {steps}"),
@@ -286,8 +286,8 @@ def _figure(name: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-    figure.set_label(name)
     axes = figure.add_subplot()
+    figure.set_label(name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_MUTED)
     axes.tick_params(colors=_INK, length=3)

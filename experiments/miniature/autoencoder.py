@@ -70,7 +70,7 @@ class AutoencoderConfig:
     """Heights and widths to train on, one canvas a step, in turn."""
     grid: int = 2
     """Cells a side of the scenes."""
-    steps: int = 1500
+    steps: int = 600
     """Optimiser steps."""
     batch_size: int = 24
     """Images of a step."""
@@ -82,6 +82,8 @@ class AutoencoderConfig:
     """Share of the steps, at the end, in which the rate falls to zero."""
     seed: int = 0
     """Of the initialisation, the scenes and the noise."""
+    num_checked: int = 192
+    """Held-out scenes of the gate, on every canvas."""
     min_strict: float = 0.9
     """Gate: share of reconstructions of which the verifier answers every question right, on every canvas."""
     version: int = 1
@@ -107,6 +109,7 @@ def smallest_autoencoder(variant: Literal["plain", "semantic"] = "plain") -> Aut
         steps=4,
         batch_size=4,
         warmup=1,
+        num_checked=4,
         min_strict=0.0,
     )
 
@@ -259,17 +262,17 @@ def build_autoencoder(config: AutoencoderConfig) -> tuple[ConvolutionalAutoencod
     return net, head
 
 
-def check_autoencoder(autoencoder: Autoencoder, config: AutoencoderConfig, *, num: int = 192) -> GateReport:
+def check_autoencoder(autoencoder: Autoencoder, config: AutoencoderConfig) -> GateReport:
     """Measure reconstructions by the verifier, on every canvas and on some that were never trained.
 
     Args:
         autoencoder: what to measure.
-        config: its config, for canvases and threshold.
-        num: held-out scenes per canvas.
+        config: its config, for canvases, threshold and the number of scenes.
 
     Returns:
         ``strict_HxW`` and ``psnr_HxW`` (decibel, of 8-bit images, mean over images) for each canvas, and the failures.
     """
+    num = config.num_checked
     numbers, least = {}, {f"strict_{h}x{w}": config.min_strict for h, w in config.canvases}
     for height, width in dict.fromkeys((*config.canvases, *UNSEEN_CANVASES)):
         scenes = _scenes(config, HELD_OUT, num, pairs="all")
@@ -296,6 +299,7 @@ def token_labels(scenes: Sequence[Scene], height: int, width: int) -> tuple[Tens
         last for the background.
 
     Example:
+        >>> from lensmini.data import SceneObject
         >>> scene = Scene("white", (SceneObject("square", "red", "large", 0, 0),))
         >>> colours, shapes = token_labels([scene], 16, 16)
         >>> colours[0, 0, 0].item(), colours[0, 3, 3].item(), shapes[0, 0, 0].item()

@@ -30,14 +30,13 @@ from experiments.miniature.language_model import (
     load_language_model,
     relation_accuracy,
     smallest_language_model,
-    summarise_scene,
     train_language_model,
 )
 from experiments.miniature.schedule import warmup_flat_decay
 from experiments.miniature.tokenizer import SPECIAL_TOKENS, build_tokenizer
 from experiments.runs import read_jsonl
 from lensmini.data import COLOURS, MINIATURE_CANVASES, SCENE_VOCABULARY, SHAPES, describe_scene, sample_scene
-from lensmini.data.scene_captions import SYNONYMS, relations_between
+from lensmini.data.scene_captions import SYNONYMS
 from lensmini.data.scenes import render_scene
 from lensmini.nn.autoencoder import from_uint8
 from lensmini.nn.text_encoder import TextEncoder
@@ -63,6 +62,15 @@ class Silent:
 
     def set_postfix(self, **_):
         pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """What the same weights from the same seed rest on; small tensors gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +157,17 @@ def test_embeddings_start_wide_and_matrices_narrow():
         else:
             expected = 1.0 if "embed_tokens" in name else 0.08
             # Four standard errors of a sample deviation.
-            assert float(parameter.std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * parameter.numel())), name
+            assert float(parameter.detach().std()) == pytest.approx(
+                expected, rel=4 / math.sqrt(2 * parameter.numel())
+            ), name
 
 
 def test_a_seed_decides_every_weight(language_model, tmp_path):
     train_language_model(SMALL, tmp_path / "again", progress=Silent)
     train_language_model(replace(SMALL, seed=1), tmp_path / "other", progress=Silent)
     first, again, other = (
-        (path / "model.safetensors").read_bytes() for path in (language_model[1], tmp_path / "again", tmp_path / "other")
+        (path / "model.safetensors").read_bytes()
+        for path in (language_model[1], tmp_path / "again", tmp_path / "other")
     )
     assert first == again and first != other
 
@@ -211,6 +222,15 @@ def test_a_gate_is_passed_at_the_threshold_and_never_by_nan():
             require(GateReport.judge("a", {"x": value}, {"x": 0.5}))
 
 
+def test_a_weak_reader_of_relations_is_told_and_stops_only_if_that_is_asked_for(tmp_path, capsys):
+    config = replace(SMALL, min_relation_accuracy=1.0)
+    report = train_language_model(config, tmp_path / "a", progress=Silent)
+    assert report.passed and "warning: relation_accuracy is" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "language_model.json").read_text())["gates"]["warnings"] == [*report.warnings]
+    with pytest.raises(GateError, match="relation_accuracy"):
+        train_language_model(replace(config, relation_required=True), tmp_path / "b", progress=Silent)
+
+
 def test_every_token_of_a_group_of_batches_weighs_the_same():
     config = replace(SMALL, steps=6, group=3, batch_size=5)
     model, tokenizer = build_language_model(config, 84), build_tokenizer()
@@ -225,26 +245,6 @@ def test_every_token_of_a_group_of_batches_weighs_the_same():
     for ids, mask, _ in batches:
         ends = ids[torch.arange(5), mask.sum(1) - 1]
         assert ends.tolist() == [tokenizer.eos_token_id] * 5 and bool((ids[~mask] == tokenizer.pad_token_id).all())
-
-
-@given(st.integers(0, 2**40), st.sampled_from([2, 3]))
-def test_a_summary_is_true_complete_and_in_reading_order(seed, grid):
-    scene = sample_scene(generator=seed, grid=grid)
-    words = summarise_scene(scene, num_relations=3, seed=seed).split()
-    assert set(words) <= set(SCENE_VOCABULARY)
-    sentences = [sentence.split() for sentence in " ".join(words).split(" .")[:-1]]
-    listed = [sentence[-3:] for sentence in sentences if ":" in sentence]
-    assert listed == [[a.size, a.colour, a.shape] for a in sorted(scene.objects, key=lambda thing: thing.cell)]
-    for sentence in sentences[len(listed) :]:
-        text = " ".join(sentence)
-        subject, rest = text.removeprefix("the ").split(" is ")
-        relation, landmark = rest.split(" the ")
-        assert any(
-            relation in relations_between(one, other)
-            for one in scene.objects
-            for other in scene.objects
-            if f"{one.colour} {one.shape}" == subject and f"{other.colour} {other.shape}" == landmark
-        )
 
 
 class Reader(nn.Module):
@@ -272,10 +272,8 @@ class Reader(nn.Module):
             _, colour, shape, _ = last.split()
             subject = places.pop((colour, CANONICAL[shape]))
             (other,) = places.values()
-            if subject[1] != other[1]:
-                answer = ("left", "right")[subject[1]]
-            else:
-                answer = ("above", "under")[subject[0]]
+            aside = subject[1] != other[1]
+            answer = ("left", "right")[subject[1]] if aside else ("above", "under")[subject[0]]
             if self.opposite:
                 answer = {"left": "right", "right": "left", "above": "below", "under": "over"}[answer]
             logits[row, 3 + len(words) - 1, self.tokenizer.convert_tokens_to_ids(answer)] = 50.0
@@ -304,7 +302,7 @@ def test_the_colour_share_is_that_of_the_word_embedding_where_nothing_else_is():
     tokenizer = build_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(list(COLOURS))
     weight = torch.randn(84, 256, generator=torch.Generator().manual_seed(0))
-    weight[ids] = weight[ids[0]]
+    weight[ids] = weight[ids[0]].clone()
     (share,) = colour_shares(Table(weight), tokenizer)
     assert share == pytest.approx(0, abs=1e-9)
     # Orthogonal words of one length r: six colours vary by 5/6 r^2 about their mean, all tokens by (1 - sum p^2) r^2.
@@ -371,7 +369,9 @@ def test_an_autoencoder_is_decided_by_its_seed(autoencoder, tmp_path):
 
 def test_the_semantic_loss_changes_the_net(tmp_path):
     plain, semantic = smallest_autoencoder(), smallest_autoencoder("semantic")
-    for one, other in zip(build_autoencoder(plain)[0].parameters(), build_autoencoder(semantic)[0].parameters(), strict=True):
+    for one, other in zip(
+        build_autoencoder(plain)[0].parameters(), build_autoencoder(semantic)[0].parameters(), strict=True
+    ):
         assert torch.equal(one, other)
     weights = []
     for config in (plain, semantic):

@@ -206,6 +206,20 @@ def test_chunks_do_not_change_pictures(world: Miniature) -> None:
             assert (one != other).float().mean() < 0.05
 
 
+def test_pictures_are_painted_with_the_settings_asked_for(world: Miniature) -> None:
+    prompts = [prompt.text for prompt in build_scene_prompts(1, seed=7)][:2]
+
+    def run(scale: float, *, rescale: bool = True, num_steps: int = 2, mu: float | None = 0.0) -> Tensor:
+        settings = EvalConfig(num_steps=num_steps, guidance_scale=scale, mu=mu)
+        return torch.stack(paint_prompts(make_model(), world, prompts, CANVASES[:1], settings, rescale=rescale)).int()
+
+    plain = run(4.0)
+    assert torch.equal(plain, run(4.0))
+    for other in (run(2.0), run(4.0, rescale=False), run(4.0, num_steps=3), run(4.0, mu=2.0)):
+        assert (plain - other).abs().max() > 1
+    assert torch.equal(run(1.0), run(1.0, rescale=False))
+
+
 def test_prompts_are_painted_in_their_own_order_with_their_own_seeds(world: Miniature) -> None:
     prompts = [prompt.text for prompt in build_scene_prompts(1, seed=5)]
     pictures = paint_prompts(make_model(), world, prompts, CANVASES[:1], SETTINGS, seeds=range(20, 20 + len(prompts)))

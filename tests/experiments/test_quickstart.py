@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -297,7 +298,16 @@ def test_two_processes_paint_what_one_paints(run):
     assert first["by_kind"].keys() == two["by_kind"].keys()
 
 
+def is_running(process):
+    """Whether the process is neither gone nor waiting to be reaped."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_sigterm_ends_the_command_and_its_children_and_the_same_command_finishes(tmp_path):
     out = tmp_path / "runs" / "small"
     command = [sys.executable, "-m", "experiments.quickstart", "smallest", "--run.out", str(out)]
@@ -309,7 +319,10 @@ def test_sigterm_ends_the_command_and_its_children_and_the_same_command_finishes
         process.terminate()
         rest = process.stdout.read()
     assert "the same command goes on" in rest and process.returncode == 1
-    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, children))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "report.html" in done.stdout and (out / "report.html").is_file()
     assert os.path.getsize(out / "samples.png") > 0

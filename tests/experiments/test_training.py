@@ -297,6 +297,8 @@ def make_gradients(group: Group, folder: Path) -> None:
             world_size=group.world_size,
         )
         batch = bank.collate(slots, seed=0, step=batch_size, text_dropout=0.3)
+        # What an earlier step left there must not stay where a parameter gets no gradient.
+        state.flat.fill_(7.0)
         losses = per_sample_loss(state, batch, sample_times(batch, ADAM))
         (losses.sum() / batch_size).backward()
         found[f"{batch_size}.numbers"] = torch.tensor(

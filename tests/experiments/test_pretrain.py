@@ -241,7 +241,7 @@ def test_a_wrong_argument_is_explained_without_a_traceback(
         run_cli(monkeypatch, *arguments)
     assert stop.value.code not in (0, None)
     output = capsys.readouterr()
-    text = " ".join((output.out + output.err).replace("│", " ").split())
+    text = " ".join((output.out + output.err).replace("\u2502", " ").split())
     assert message in text and "Traceback" not in text
 
 

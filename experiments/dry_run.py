@@ -57,7 +57,7 @@ def describe_run(config: "PretrainConfig") -> str:
             f"FLOPs of the run    {flops * steps:.3e} in {steps:,} steps",
             f"A100 hours at 40 %  {flops * steps / (0.4 * A100_FLOPS) / 3600:,.0f}, encoders not counted",
             f"training state      {STATE_BYTES * parameters / 1e9:.1f} GB in all, per GPU "
-            f"{STATE_BYTES * parameters / 8e9:.1f} sharded over 8 and {STATE_BYTES * parameters / ranks / 1e9:.2f} over {ranks}",
+            f"{STATE_BYTES * parameters / 8e9:.1f} over 8 ranks, {STATE_BYTES * parameters / ranks / 1e9:.2f} over {ranks}",
         ]
     else:
         tokens, text, batch = 64, 45, data.batch_size  # pyright: ignore[reportAttributeAccessIssue]

@@ -250,9 +250,9 @@ def train(group: Group, config: PretrainConfig) -> None:
     torch.set_num_threads(config.run.threads)
     run, optim, data = config.run, config.optim, config.data
     assert isinstance(data, SceneConfig | FolderConfig)
-    world = prepare_miniature(config.miniature, run.out.parent, quiet=group.rank != 0)
+    world = prepare_miniature(config.miniature, run.out.parent, quiet=True)
     make_banks = scene_banks if isinstance(data, SceneConfig) else folder_banks
-    bank, held_out = make_banks(data, world, run.out, quiet=group.rank != 0)  # pyright: ignore[reportArgumentType]
+    bank, held_out = make_banks(data, world, run.out, quiet=True)  # pyright: ignore[reportArgumentType]
     state = TrainingState(config.model, optim, seed=run.seed, group=group)
     if not state.resume(run.out) and config.init_from is not None:
         state.load(config.init_from, which=config.init_weights, optimizer=not config.reset_optimizer)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 
-__all__ = ["Group", "die_with_parent", "run_processes"]
+__all__ = ["Group", "run_processes"]
 
 
 class Group:

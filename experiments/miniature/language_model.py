@@ -1,9 +1,8 @@
 """The miniature's language model: a stock GPT-OSS of about a million parameters, trained on scene captions.
 
-An image model can only follow what its text features tell apart. A language model has no reason to keep words apart
-that stand in the same places, colours above all: from the library's usual initialisation (0.02) the six colours make
-up less than half a per cent of its features' variance, and nothing painted from them has the right colour. Embeddings
-that start at a standard deviation of 1 keep them apart, and the gates check it.
+An image model can only follow what its text features tell apart, and a language model keeps no more than predicting
+the next word needs. It starts from embeddings of standard deviation 1, which keep words apart; from the library's usual
+0.02 the same training forgets which colour, shape and place belong to one object, and the gates refuse it.
 
 Axes: b captions, l tokens, e width.
 """
@@ -15,30 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from experiments.miniature.captions import scene_caption, token_losses, whole_turns
 from experiments.miniature.gates import GateReport, require
+from experiments.miniature.language_gates import binding_accuracy, colour_shares, held_out_loss, relation_accuracy
 from experiments.miniature.schedule import warmup_flat_decay
 from experiments.miniature.tokenizer import build_tokenizer
 from experiments.runs import append_jsonl, progress, write_json
-from lensmini.data import COLOURS, describe_scene, sample_scene
-from lensmini.data.scene_captions import RELATIONS, SYNONYMS, relations_between
-from lensmini.nn.norm import RMSNorm
 from lensmini.nn.text_encoder import TextEncoder
 
 __all__ = [
     "LanguageModelConfig",
     "check_language_model",
-    "colour_shares",
-    "held_out_loss",
     "load_language_model",
-    "relation_accuracy",
     "smallest_language_model",
     "train_language_model",
 ]
-
-HELD_OUT = 2**40
-"""Number of the first caption that training never reaches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +85,8 @@ class LanguageModelConfig:
     relation_required: bool = False
     """Whether fewer right relations stop the run or are only said. A minute of training on these captions does not get
     off chance (about a third), see :func:`relation_accuracy`; a longer run may ask for it."""
+    min_binding_accuracy: float = 0.6
+    """Gate: how well colour, shape, row and column of an object can be read behind its sentence, the worst of them."""
     min_colour_share: float = 0.05
     """Gate: share of the features' variance that tells colours apart, in the weakest layer."""
     version: int = 1
@@ -126,6 +119,7 @@ def smallest_language_model() -> LanguageModelConfig:
         warmup=1,
         num_checked=16,
         min_relation_accuracy=0.0,
+        min_binding_accuracy=0.0,
         min_colour_share=0.0,
     )
 
@@ -159,7 +153,7 @@ def train_language_model(
                 group["lr"] = config.learning_rate * warmup_flat_decay(
                     step, config.steps, config.warmup, config.decay_share
                 )
-            losses = _token_losses(model, ids, mask)
+            losses = token_losses(model, ids, mask)
             loss = losses.sum() * scale
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -240,137 +234,19 @@ def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig
     num = config.num_checked
     shares = colour_shares(model, tokenizer, grid=config.grid, num=max(2, num // 8))
     numbers = {
+        "binding_accuracy": binding_accuracy(model, tokenizer, grid=config.grid, num=2 * num),
         "relation_accuracy": relation_accuracy(model, tokenizer, grid=config.grid, num=num),
         "colour_share": min(shares),
         **{f"colour_share_layer_{layer}": share for layer, share in enumerate(shares)},
-        "held_out_loss": held_out_loss(model, tokenizer, config, num=num),
+        "held_out_loss": held_out_loss(
+            model, tokenizer, seed=config.seed, grid=config.grid, dense_share=config.dense_share, num=num
+        ),
     }
-    least, relation = {"colour_share": config.min_colour_share}, {"relation_accuracy": config.min_relation_accuracy}
+    least = {"colour_share": config.min_colour_share, "binding_accuracy": config.min_binding_accuracy}
+    relation = {"relation_accuracy": config.min_relation_accuracy}
     if config.relation_required:
         return GateReport.judge("language model", numbers, {**least, **relation})
     return GateReport.judge("language model", numbers, least, wanted=relation)
-
-
-@torch.no_grad()
-def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 256, seed: int = 0) -> float:
-    """Share of dense captions of two objects, cut before the relation, that the model continues with a true one.
-
-    The words for the four directions compete; chance is 0.25 for objects in one row or column and 0.5 for others, a
-    third together. Sentences that begin with the relation cannot be foretold and are not asked.
-
-    Args:
-        model: the language model.
-        tokenizer: its tokenizer.
-        grid: cells a side of the scenes.
-        num: captions.
-        seed: of the captions.
-
-    Returns:
-        Share in [0, 1].
-    """
-    ways = [[way.split()[0] for way in SYNONYMS[relation] if not way.startswith("to ")] for relation in RELATIONS]
-    directions = [tokenizer.convert_tokens_to_ids(words) for words in ways]
-    texts, truths, number = [], [], HELD_OUT + seed * 2**30
-    while len(texts) < num:
-        number += 1
-        scene = sample_scene(generator=number, grid=grid, num_objects=(2, 2), group_probability=0.0)
-        relation = relations_between(*scene.objects)[0]
-        *before, last, _ = describe_scene(scene, relation=relation, generator=number).split(".")
-        if last.split()[0] == "the":
-            subject = last.split(" is ")[0]
-            texts.append(".".join([*before, f"{subject} is"]))
-            truths.append([relation in relations_between(*scene.objects) for relation in RELATIONS])
-    encoder = TextEncoder(model, tokenizer, layers=(0,))
-    right = 0
-    for start in range(0, num, 64):
-        prompts = encoder.tokenize(texts[start : start + 64])
-        mask = prompts.attention_mask
-        logits = model(input_ids=prompts.input_ids, attention_mask=mask.long(), use_cache=False).logits
-        # The relation follows the last word, which the tail of the template hides from nobody in a causal model.
-        tail = len(tokenizer(encoder.render(""), add_special_tokens=False)["input_ids"]) - encoder.num_prefix_tokens
-        last_word = mask.sum(1) - tail - 1
-        chosen = logits[torch.arange(len(last_word)), last_word].softmax(-1)
-        masses = torch.stack([chosen[:, ids].sum(1) for ids in directions], 1)
-        right += sum(truths[start + row][best] for row, best in enumerate(masses.argmax(1).tolist()))
-    return right / num
-
-
-@torch.no_grad()
-def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, seed: int = 0) -> list[float]:
-    """How much of each layer's features tells one colour from another.
-
-    Captions of one object are written in all six colours. At the colour word, the variance over the six (mean over
-    captions, sum over channels) is divided by the variance over all kept tokens of all captions, both of the features
-    that the image model sees: every token divided by its root mean square.
-
-    Args:
-        model: the language model.
-        tokenizer: its tokenizer.
-        grid: cells a side of the scenes.
-        num: captions, each in six colours.
-        seed: of the captions.
-
-    Returns:
-        A share in [0, 1] for every layer.
-    """
-    texts, places = [], []
-    for number in range(num):
-        key = HELD_OUT + seed * 2**30 + number
-        scene = sample_scene(generator=key, grid=grid, num_objects=(1, 1), pairs="all")
-        words = describe_scene(scene, generator=key).split()
-        places.append(words.index(scene.objects[0].colour))
-        texts += [" ".join([*words[: places[-1]], colour, *words[places[-1] + 1 :]]) for colour in COLOURS]
-    layers = range(model.config.num_hidden_layers)
-    features, mask = TextEncoder(model, tokenizer, layers=layers)(texts)
-    rows, columns = torch.arange(len(texts)), torch.tensor(places).repeat_interleave(len(COLOURS))
-    shares = []
-    for layer in features:
-        normalised = RMSNorm(layer.shape[-1], eps=1e-5)(layer.float())
-        at_colour = normalised[rows, columns].unflatten(0, (num, len(COLOURS)))
-        between = at_colour.var(1, unbiased=False).mean(0).sum()
-        shares.append(float(between / normalised[mask].var(0, unbiased=False).sum()))
-    return shares
-
-
-@torch.no_grad()
-def held_out_loss(model: Any, tokenizer: Any, config: LanguageModelConfig, *, num: int = 256) -> float:
-    """Mean next-token loss in nats over captions that training never saw, template included.
-
-    Args:
-        model: the language model.
-        tokenizer: its tokenizer.
-        config: its config, for the kinds of captions.
-        num: captions.
-
-    Returns:
-        The loss.
-    """
-    encoder = TextEncoder(model, tokenizer, layers=(0,))
-    total, count = 0.0, 0
-    for start in range(0, num, 64):
-        numbers = range(HELD_OUT + start, HELD_OUT + min(start + 64, num))
-        ids, mask = _tokens(encoder, [_caption(config, number) for number in numbers])
-        total += float(_token_losses(model, ids, mask).sum())
-        count += int(mask[:, 1:].sum())
-    return total / count
-
-
-def _caption(config: LanguageModelConfig, number: int) -> str:
-    key = number + config.seed * 2**42
-    scene = sample_scene(generator=key, grid=config.grid)
-    # Multiples of the golden ratio spread the two kinds evenly over any run of numbers.
-    turn = number * 0.6180339887498949 % 1.0
-    return describe_scene(scene, density="dense" if turn < config.dense_share else "brief", generator=key)
-
-
-def _tokens(encoder: TextEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """The whole turn: what the encoder renders and the mark of its end."""
-    ids, mask, _ = encoder.tokenize(texts)
-    stop = encoder.tokenizer.eos_token_id
-    ids = F.pad(ids, (0, 1), value=encoder.tokenizer.pad_token_id)
-    lengths = mask.sum(1)
-    ids[torch.arange(len(ids)), lengths] = stop
-    return ids, torch.arange(ids.shape[1]) <= lengths[:, None]
 
 
 def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
@@ -380,19 +256,15 @@ def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterato
     generator = torch.Generator().manual_seed(config.seed)
     size = config.group * config.batch_size
     for first in range(0, config.steps * config.batch_size, size):
-        texts = [_caption(config, number) for number in range(first, first + size)]
+        texts = [
+            scene_caption(number, seed=config.seed, grid=config.grid, dense_share=config.dense_share)
+            for number in range(first, first + size)
+        ]
         texts.sort(key=lambda text: text.count(" "))
         batches = []
         for start in range(0, size, config.batch_size):
-            batches.append(_tokens(encoder, texts[start : start + config.batch_size]))
+            batches.append(whole_turns(encoder, texts[start : start + config.batch_size]))
         # One scale for the whole group: every token of it weighs the same, in short captions or long.
         scale = config.group / float(sum(mask[:, 1:].sum() for _, mask in batches))
         for index in torch.randperm(config.group, generator=generator).tolist():
             yield *batches[index], scale
-
-
-def _token_losses(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """``[b, l - 1]`` next-token losses, zero at padding."""
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses * mask[:, 1:]

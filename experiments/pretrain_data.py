@@ -23,6 +23,7 @@ from lensmini.data import (
     resize_and_crop,
     sample_scene,
 )
+from lensmini.data.scene_captions import Wording
 from lensmini.nn import from_uint8
 
 __all__ = ["FolderConfig", "FolderError", "SceneConfig", "find_pictures", "folder_banks", "scene_banks"]
@@ -43,6 +44,8 @@ class SceneConfig:
     """Pixel sizes (height, width), drawn equally often."""
     density: str = "dense"
     """Captions: "dense", "brief" or "mixed" (half and half)."""
+    wording: Wording = "synonyms"
+    """How captions and the prompts of scores vary: "plain", "synonyms" or "varied" (other sentence forms too)."""
     batch_size: int = 24
     """Samples of one step over all processes."""
     group_size: int = 4
@@ -107,7 +110,12 @@ def scene_banks(
     config: SceneConfig, world: Miniature, out: Path, *, quiet: bool = False
 ) -> tuple[FeatureBank, FeatureBank]:
     """The bank of training scenes and the held-out one, encoded on first use and cached beside the run."""
-    key = {**{name: getattr(config, name) for name in ("num_captions", "pictures_per_caption", "canvases", "density")}}
+    key = {
+        **{
+            name: getattr(config, name)
+            for name in ("num_captions", "pictures_per_caption", "canvases", "density", "wording")
+        }
+    }
     key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key}
 
     def make(directory: Path) -> None:
@@ -125,7 +133,8 @@ def _make_scenes(directory: Path, config: SceneConfig, world: Miniature, start: 
         key = start + number
         scene = sample_scene(generator=key)
         density = ("dense", "brief")[number % 2] if config.density == "mixed" else config.density
-        captions.append(describe_scene(scene, density=density, generator=key))  # pyright: ignore[reportArgumentType]
+        caption = describe_scene(scene, density=density, wording=config.wording, generator=key)  # pyright: ignore
+        captions.append(caption)
         for view in range(config.pictures_per_caption):
             height, width = config.canvases[(number + view) % len(config.canvases)]
             waiting.append((number, render_scene(_moved(scene, key, view), height, width)))

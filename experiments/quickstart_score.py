@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from lensmini.data import (
     render_scene,
     score_images,
 )
+from lensmini.data.scene_captions import Wording
 from lensmini.nn import Autoencoder, LensTransformer, from_uint8, to_uint8
 from lensmini.objectives import flow_matching_loss
 from lensmini.parallel import Group
@@ -59,7 +61,7 @@ class ScoreConfig:
     """Sampling steps."""
     guidance_scale: float = 4.0
     """Guidance."""
-    mu: float | None = 0.0
+    mu: float | None = 1.8
     """Time shift of the sampling schedule; none is the released model's rule, 0 equal steps."""
     without_rescale: bool = False
     """Score the first suite once more without restoring the norms after guidance."""
@@ -86,7 +88,7 @@ class Suite(NamedTuple):
     rescale: bool = True
 
 
-def build_suites(config: ScoreConfig, canvases: Sequence[Canvas]) -> dict[str, Suite]:
+def build_suites(config: ScoreConfig, canvases: Sequence[Canvas], *, wording: Wording = "synonyms") -> dict[str, Suite]:
     """The suites by name: trained, unseen, withheld, short, samples, and without_rescale if wanted.
 
     Unseen and short ask for the same scenes as the front part of trained, so that they can be compared with it.
@@ -94,6 +96,7 @@ def build_suites(config: ScoreConfig, canvases: Sequence[Canvas]) -> dict[str, S
     Args:
         config: sizes and seed.
         canvases: the trained ones.
+        wording: of the dense prompts, the training captions'.
 
     Returns:
         The suites.
@@ -105,13 +108,14 @@ def build_suites(config: ScoreConfig, canvases: Sequence[Canvas]) -> dict[str, S
     """
     every = [*canvases, *config.unseen_canvases]
     many, few = (-(-number // len(KINDS)) for number in (config.num_prompts, config.num_others))
-    trained = build_scene_prompts(many, config.seed)
-    samples = build_scene_prompts(-(-config.num_samples // len(KINDS)), config.seed + 1)[: config.num_samples]
+    build = partial(build_scene_prompts, wording=wording)
+    trained = build(many, config.seed)
+    samples = build(-(-config.num_samples // len(KINDS)), config.seed + 1)[: config.num_samples]
     suites = {
         "trained": _suite(trained, canvases),
-        "unseen": _suite(build_scene_prompts(few, config.seed), config.unseen_canvases),
-        "withheld": _suite(build_scene_prompts(few, config.seed, pairs="withheld"), canvases),
-        "short": _suite(build_scene_prompts(few, config.seed, form="short"), canvases),
+        "unseen": _suite(build(few, config.seed), config.unseen_canvases),
+        "withheld": _suite(build(few, config.seed, pairs="withheld"), canvases),
+        "short": _suite(build(few, config.seed, form="short"), canvases),
         "samples": Suite(samples, [every[index % len(every)] for index in range(len(samples))]),
     }
     if config.without_rescale:
@@ -142,7 +146,7 @@ def score_checkpoint(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, world = load_checkpoint(checkpoint, config.weights, quiet=True)
-    suites = build_suites(config, data.canvases)
+    suites = build_suites(config, data.canvases, wording=data.wording)
     jobs = [(name, index) for name, suite in suites.items() for index in range(len(suite.prompts))]
 
     def shape(job: tuple[str, int]) -> tuple[bool, Canvas, int]:

@@ -7,79 +7,50 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from experiments.miniature.captions import HELD_OUT, scene_caption, token_losses, whole_turns
-from lensmini.data import COLOURS, SHAPES, describe_scene, sample_scene
-from lensmini.data.scene_captions import RELATIONS, SYNONYMS, relations_between
+from experiments.miniature.captions import HELD_OUT, Turn, conversations, list_scene, scene_turn, token_losses
+from lensmini.data import COLOURS, describe_scene, sample_scene
+from lensmini.data.scene_captions import RELATIONS, SYNONYMS, Wording, relations_between
 from lensmini.nn.norm import RMSNorm
 from lensmini.nn.text_encoder import TextEncoder
 
-__all__ = ["binding_accuracy", "colour_shares", "held_out_loss", "relation_accuracy"]
-
-_PLAIN = {way: word for word, ways in SYNONYMS.items() for way in ways}
+__all__ = ["answer_accuracy", "colour_shares", "held_out_losses", "relation_accuracy"]
 
 
 @torch.no_grad()
-def binding_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 512, seed: int = 0) -> float:
-    """How well an object's colour, shape, row and column can be read from the full stop of its sentence.
+def answer_accuracy(
+    model: Any, tokenizer: Any, *, grid: int = 2, wording: Wording = "synonyms", num: int = 256, seed: int = 0
+) -> float:
+    """Share of objects that the model, asked what stands in their place, answers with the right size, colour and shape.
 
-    A linear map (ridge regression on one-hot targets) from all layers' features, each token divided by its root mean
-    square, is fitted on two thirds of the captions and scored on the rest.
+    The answer is the true one up to each word, so that an early mistake does not spoil the rest.
 
     Args:
         model: the language model.
         tokenizer: its tokenizer.
         grid: cells a side of the scenes.
-        num: captions of two to four unlike objects, about three sentences each.
+        wording: of the captions.
+        num: captions of two to four unlike objects.
         seed: of the captions.
 
     Returns:
-        The lowest of the four attributes' accuracies; chance is 1/6, 1/4, 1 / grid and 1 / grid.
+        Share in [0, 1]; guessing gets 1/48 right, and naming any object of the caption about a third.
     """
-    encoder = TextEncoder(model, tokenizer, layers=range(model.config.num_hidden_layers))
-    first = HELD_OUT + (seed + 1) * 2**30
-    inputs, targets = [], []
+    encoder = TextEncoder(model, tokenizer, layers=(0,))
+    full_stop = tokenizer.convert_tokens_to_ids(".")
+    first, right = HELD_OUT + (seed + 1) * 2**30, []
     for start in range(first, first + num, 64):
-        texts = []
+        turns = []
         for number in range(start, min(start + 64, first + num)):
             scene = sample_scene(generator=number, grid=grid, num_objects=(2, 4), group_probability=0.0)
-            texts.append(describe_scene(scene, generator=number))
-        features, _ = encoder(texts)
-        joined = torch.cat([_normalised(layer) for layer in features], -1)
-        for row, text in enumerate(texts):
-            for place, target in _sentence_ends(text, grid):
-                inputs.append(joined[row, place])
-                targets.append(target)
-    x = F.pad(torch.stack(inputs), (0, 1), value=1.0).double()
-    labels = torch.tensor(targets)
-    cut = 2 * len(x) // 3
-    gram = x[:cut].T @ x[:cut] + 0.1 * torch.eye(x.shape[1], dtype=x.dtype)
-    accuracies = []
-    for column in labels.T:
-        wanted = F.one_hot(column).to(x.dtype)
-        found = (x[cut:] @ torch.linalg.solve(gram, x[:cut].T @ wanted[:cut])).argmax(1)
-        accuracies.append(float((found == column[cut:]).double().mean()))
-    return min(accuracies)
-
-
-def _sentence_ends(caption: str, grid: int) -> list[tuple[int, list[int]]]:
-    """Where each sentence about one placed object ends, and its colour, shape, row and column as numbers."""
-    ends, said = [], []
-    rows, columns = ("top", "middle", "bottom"), ("left", "middle", "right")
-    if grid == 2:
-        rows, columns = ("top", "bottom"), ("left", "right")
-    for place, word in enumerate(caption.split()):
-        if word != ".":
-            said.append(_PLAIN.get(word, word))
-            continue
-        found = [[name for name in said if name in names] for names in (COLOURS, SHAPES, rows, columns)]
-        if all(len(names) == 1 for names in found):
-            (colour,), (shape,), (row,), (column,) = found
-            numbers = [list(COLOURS).index(colour), SHAPES.index(shape), rows.index(row), columns.index(column)]
-            ends.append((place, numbers))
-        said = []
-    return ends
+            turns.append(Turn(describe_scene(scene, wording=wording, generator=number), list_scene(scene)))
+        ids, mask, lengths = conversations(encoder, turns)
+        guesses = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits.argmax(-1)
+        for row, length in enumerate(lengths.tolist()):
+            ends = (ids[row, length:] == full_stop).nonzero().flatten() + length
+            for end in ends[1:].tolist():  # the first sentence is the background
+                right.append(bool((guesses[row, end - 4 : end - 1] == ids[row, end - 3 : end]).all()))
+    return sum(right) / len(right)
 
 
 def _normalised(features: Tensor) -> Tensor:
@@ -88,7 +59,9 @@ def _normalised(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 256, seed: int = 0) -> float:
+def relation_accuracy(
+    model: Any, tokenizer: Any, *, grid: int = 2, wording: Wording = "synonyms", num: int = 256, seed: int = 0
+) -> float:
     """Share of dense captions of two objects, cut before the relation, that the model continues with a true one.
 
     The words for the four directions compete; chance is 0.25 for objects in one row or column and 0.5 for others, a
@@ -98,6 +71,7 @@ def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 2
         model: the language model.
         tokenizer: its tokenizer.
         grid: cells a side of the scenes.
+        wording: of the captions.
         num: captions.
         seed: of the captions.
 
@@ -111,7 +85,7 @@ def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 2
         number += 1
         scene = sample_scene(generator=number, grid=grid, num_objects=(2, 2), group_probability=0.0)
         relation = relations_between(*scene.objects)[0]
-        *before, last, _ = describe_scene(scene, relation=relation, generator=number).split(".")
+        *before, last, _ = describe_scene(scene, wording=wording, relation=relation, generator=number).split(".")
         if last.split()[0] == "the":
             subject = last.split(" is ")[0]
             texts.append(".".join([*before, f"{subject} is"]))
@@ -132,7 +106,9 @@ def relation_accuracy(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 2
 
 
 @torch.no_grad()
-def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, seed: int = 0) -> list[float]:
+def colour_shares(
+    model: Any, tokenizer: Any, *, grid: int = 2, wording: Wording = "synonyms", num: int = 32, seed: int = 0
+) -> list[float]:
     """How much of each layer's features tells one colour from another.
 
     Captions of one object are written in all six colours. At the colour word, the variance over the six (mean over
@@ -143,6 +119,7 @@ def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, s
         model: the language model.
         tokenizer: its tokenizer.
         grid: cells a side of the scenes.
+        wording: of the captions.
         num: captions, each in six colours.
         seed: of the captions.
 
@@ -153,7 +130,7 @@ def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, s
     for number in range(num):
         key = HELD_OUT + seed * 2**30 + number
         scene = sample_scene(generator=key, grid=grid, num_objects=(1, 1), pairs="all")
-        words = describe_scene(scene, generator=key).split()
+        words = describe_scene(scene, wording=wording, generator=key).split()
         places.append(words.index(scene.objects[0].colour))
         texts += [" ".join([*words[: places[-1]], colour, *words[places[-1] + 1 :]]) for colour in COLOURS]
     layers = range(model.config.num_hidden_layers)
@@ -169,8 +146,17 @@ def colour_shares(model: Any, tokenizer: Any, *, grid: int = 2, num: int = 32, s
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, tokenizer: Any, *, seed: int, grid: int, dense_share: float, num: int = 256) -> float:
-    """Mean next-token loss in nats over captions that training never saw, template included.
+def held_out_losses(
+    model: Any,
+    tokenizer: Any,
+    *,
+    seed: int,
+    grid: int,
+    dense_share: float,
+    wording: Wording = "synonyms",
+    num: int = 256,
+) -> dict[str, float]:
+    """Mean next-token losses in nats over conversations that training never saw.
 
     Args:
         model: the language model.
@@ -178,17 +164,23 @@ def held_out_loss(model: Any, tokenizer: Any, *, seed: int, grid: int, dense_sha
         seed: of its training.
         grid: cells a side of the scenes.
         dense_share: share of dense captions.
+        wording: of the captions.
         num: captions.
 
     Returns:
-        The loss.
+        ``caption_loss``, template included, and ``answer_loss``, end marks included.
     """
     encoder = TextEncoder(model, tokenizer, layers=(0,))
-    total, count = 0.0, 0
+    totals, counts = torch.zeros(2), torch.zeros(2)
     for start in range(0, num, 64):
         numbers = range(HELD_OUT + start, HELD_OUT + min(start + 64, num))
-        texts = [scene_caption(number, seed=seed, grid=grid, dense_share=dense_share) for number in numbers]
-        ids, mask = whole_turns(encoder, texts)
-        total += float(token_losses(model, ids, mask).sum())
-        count += int(mask[:, 1:].sum())
-    return total / count
+        turns = [
+            scene_turn(number, seed=seed, grid=grid, dense_share=dense_share, wording=wording) for number in numbers
+        ]
+        ids, mask, lengths = conversations(encoder, turns)
+        losses, answered = token_losses(model, ids, mask), torch.arange(1, ids.shape[1]) >= lengths[:, None]
+        for index, part in enumerate((mask[:, 1:] & ~answered, mask[:, 1:] & answered)):
+            totals[index] += losses[part].sum()
+            counts[index] += part.sum()
+    caption, answer = (totals / counts).tolist()
+    return {"caption_loss": caption, "answer_loss": answer}

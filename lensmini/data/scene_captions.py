@@ -15,7 +15,7 @@ from lensmini.data.scenes import BACKGROUNDS, COLOURS, Scene, SceneObject, as_ra
 __all__ = ["PLURALS", "RELATIONS", "SCENE_VOCABULARY", "SYNONYMS", "describe_scene", "place_name", "relations_between"]
 
 Density = Literal["dense", "brief"]
-Wording = Literal["varied", "plain"]
+Wording = Literal["varied", "synonyms", "plain"]
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "disk"),
@@ -83,8 +83,8 @@ def describe_scene(
     Args:
         scene: what to describe.
         density: "dense" or "brief".
-        wording: "varied" draws sentence forms and :data:`SYNONYMS`, "plain" always takes the first (the order of
-            the objects and the choice of relations stay random).
+        wording: "varied" draws sentence forms and :data:`SYNONYMS`, "synonyms" keeps the first form of every sentence,
+            "plain" the first of both (the order of the objects and the choice of relations stay random).
         relation: one of :data:`RELATIONS` that a dense caption tells for sure, of the first object to the last;
             each must be the only one of its colour and shape.
         generator: a seed, or a CPU generator that is advanced by one draw.
@@ -100,9 +100,10 @@ def describe_scene(
         >>> describe_scene(scene, wording="plain", generator=0)
         'one object on a white background . a large red circle at the top right .'
     """
-    if density not in ("dense", "brief") or wording not in ("varied", "plain"):
+    if density not in ("dense", "brief") or wording not in ("varied", "synonyms", "plain"):
         raise ValueError(
-            f'density, wording: expected "dense" or "brief" and "varied" or "plain", got {density!r}, {wording!r}'
+            'density, wording: expected "dense" or "brief" and "varied", "synonyms" or "plain", '
+            f"got {density!r}, {wording!r}"
         )
     ends = (scene.objects[0], scene.objects[-1])
     if relation is not None and not (relation in relations_between(*ends) and {*ends} <= {*_unmistakable(scene)}):
@@ -110,7 +111,7 @@ def describe_scene(
             "relation: expected one that holds of the first object to the last, both of a colour-shape pair of their "
             f"own, got {relation!r}"
         )
-    writer = _Writer(as_random(generator, "caption"), varied=wording == "varied", grid=scene.grid)
+    writer = _Writer(as_random(generator, "caption"), wording, scene.grid)
     return writer.dense(scene, relation) if density == "dense" else writer.brief(scene)
 
 
@@ -140,16 +141,16 @@ def relations_between(one: SceneObject, other: SceneObject) -> list[str]:
 class _Writer:
     """One caption's random choices."""
 
-    def __init__(self, stream: random.Random, *, varied: bool, grid: int) -> None:
+    def __init__(self, stream: random.Random, wording: Wording, grid: int) -> None:
         self.stream = stream
-        self.varied = varied
+        self.wording = wording
         self.grid = grid
 
     def choose(self, *ways: str) -> str:
-        return pick(self.stream, ways) if self.varied else ways[0]
+        return pick(self.stream, ways) if self.wording == "varied" else ways[0]
 
     def say(self, word: str) -> str:
-        return self.choose(*SYNONYMS[word])
+        return SYNONYMS[word][0] if self.wording == "plain" else pick(self.stream, SYNONYMS[word])
 
     def dense(self, scene: Scene, relation: str | None) -> str:
         kinds = _kinds(scene)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lensmini.data.scene_captions import PLURALS, describe_scene, place_name, relations_between
+from lensmini.data.scene_captions import PLURALS, Wording, describe_scene, place_name, relations_between
 from lensmini.data.scene_verifier import (
     AskCount,
     AskPlace,
@@ -123,6 +123,7 @@ def build_scene_prompts(
     seed: int,
     *,
     form: Literal["dense", "short"] = "dense",
+    wording: Wording = "varied",
     kinds: Sequence[str] = KINDS,
     pairs: Pairs = "seen",
     grid: int = 2,
@@ -134,6 +135,7 @@ def build_scene_prompts(
         num_per_kind: prompts of each kind.
         seed: of the suite; a prompt depends only on it, its kind and its number.
         form: "dense" gives the dense caption of the prompt's scene as text, "short" the bare request.
+        wording: of the dense captions, as :func:`~lensmini.data.scene_captions.describe_scene` takes it.
         kinds: a selection of :data:`KINDS`.
         pairs: "seen" asks only for colour-shape pairs of the training scenes; "withheld" makes the first object of
             every request one of :data:`~lensmini.data.scenes.WITHHELD_PAIRS`; "all" takes any.
@@ -159,13 +161,13 @@ def build_scene_prompts(
     if grid not in (2, 3):
         raise ValueError(f"grid: expected 2 or 3, got {grid}")
     return [
-        _build(kind, f"{seed} {kind} {number}", form, pairs, grid, ask_size)
+        _build(kind, f"{seed} {kind} {number}", form, wording, pairs, grid, ask_size)
         for number in range(num_per_kind)
         for kind in kinds
     ]
 
 
-def _build(kind: str, key: str, form: str, pairs: Pairs, grid: int, ask_size: bool) -> ScenePrompt:
+def _build(kind: str, key: str, form: str, wording: Wording, pairs: Pairs, grid: int, ask_size: bool) -> ScenePrompt:
     stream = as_random(0, f"prompt {key}")
     first = pick(stream, pair_pool(pairs))
     others = [pair for pair in pair_pool("all" if pairs == "all" else "seen") if pair != first]
@@ -202,7 +204,7 @@ def _build(kind: str, key: str, form: str, pairs: Pairs, grid: int, ask_size: bo
         request = " and ".join(_name(thing) for thing in scene.objects)
         questions = (total, *_each(chosen))
     seed = int(stream.random() * 2**53)
-    text = request if form == "short" else describe_scene(scene, relation=relation, generator=seed)
+    text = request if form == "short" else describe_scene(scene, wording=wording, relation=relation, generator=seed)
     return ScenePrompt(kind, text, questions, scene)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lensmini.data import SCENE_VOCABULARY, SIZES, Scene, SceneObject, describe_scene, sample_scene
-from lensmini.data.scene_captions import place_name, relations_between
+from lensmini.data.scene_captions import SYNONYMS, place_name, relations_between
 from tests.strategies import seeds
 
 NUMBER = {
@@ -117,7 +117,7 @@ SAMPLED = st.builds(
 SCENES = st.one_of(SAMPLED, any_scenes())
 
 
-@given(SCENES, seeds(), st.sampled_from(["varied", "plain"]))
+@given(SCENES, seeds(), st.sampled_from(["varied", "synonyms", "plain"]))
 def test_a_dense_caption_says_everything_and_nothing_false(scene, seed, wording):
     caption = describe_scene(scene, generator=seed, wording=wording)
     number, background, objects, relations = parse_dense(caption, scene.grid)
@@ -181,6 +181,19 @@ def test_a_seed_decides_the_wording():
     assert len({describe_scene(scene, generator=seed) for seed in range(50)}) > 45
     generator = torch.Generator().manual_seed(0)
     assert describe_scene(scene, generator=generator) != describe_scene(scene, generator=generator)
+
+
+def test_wording_varies_words_alone_words_and_forms_or_nothing():
+    plain = {way: word for word, ways in SYNONYMS.items() for way in ways}
+    seen = {"varied": set(), "synonyms": set(), "plain": set()}
+    scene = sample_scene(generator=5, num_objects=(1, 1))
+    for wording, captions in seen.items():
+        captions |= {describe_scene(scene, wording=wording, generator=seed) for seed in range(200)}
+    assert len(seen["plain"]) == 1 < len(seen["synonyms"]) < len(seen["varied"])
+    said = {" ".join(plain.get(word, word) for word in caption.split()) for caption in seen["synonyms"]}
+    (only,) = seen["plain"]
+    # "shape" and "thing" are singulars of synonyms.
+    assert {text.replace("one shape", "one object").replace("one thing", "one object") for text in said} == {only}
 
 
 def test_equal_seeds_of_scene_and_caption_are_not_coupled():

@@ -21,9 +21,9 @@ from experiments.miniature.autoencoder import (
     token_labels,
     train_autoencoder,
 )
-from experiments.miniature.captions import HELD_OUT
+from experiments.miniature.captions import HELD_OUT, Turn, conversations, scene_turn
 from experiments.miniature.gates import GateError, GateReport, require
-from experiments.miniature.language_gates import binding_accuracy, colour_shares, held_out_loss, relation_accuracy
+from experiments.miniature.language_gates import answer_accuracy, colour_shares, held_out_losses, relation_accuracy
 from experiments.miniature.language_model import (
     LanguageModelConfig,
     build_language_model,
@@ -194,11 +194,12 @@ def test_a_language_model_comes_back_frozen_with_its_numbers(language_model):
 def test_training_lowers_the_held_out_loss(tmp_path):
     config = replace(SMALL, steps=40, group=10, batch_size=16)
     model = build_language_model(config, len(build_tokenizer()))
-    before = held_out_loss(model, build_tokenizer(), seed=0, grid=2, dense_share=0.75, num=32)
+    before = held_out_losses(model, build_tokenizer(), seed=0, grid=2, dense_share=0.75, num=32)
     train_language_model(config, tmp_path, progress=Silent)
-    after = held_out_loss(*load_language_model(tmp_path), seed=0, grid=2, dense_share=0.75, num=32)
+    after = held_out_losses(*load_language_model(tmp_path), seed=0, grid=2, dense_share=0.75, num=32)
     # Untrained, every word is about as likely as any other.
-    assert before > math.log(84) - 0.5 and after < before - 0.5
+    assert before.keys() == after.keys() == {"caption_loss", "answer_loss"}
+    assert all(before[part] > math.log(84) - 0.5 and after[part] < before[part] - 0.5 for part in before)
 
 
 def test_a_failed_gate_raises_after_writing_unless_told_otherwise(tmp_path):
@@ -221,29 +222,88 @@ def test_a_gate_is_passed_at_the_threshold_and_never_by_nan():
             require(GateReport.judge("a", {"x": value}, {"x": 0.5}))
 
 
-def test_a_weak_reader_of_relations_is_told_and_stops_only_if_that_is_asked_for(tmp_path, capsys):
-    config = replace(SMALL, min_relation_accuracy=1.0)
-    report = train_language_model(config, tmp_path / "a", progress=Silent)
-    assert report.passed and "warning: relation_accuracy is" in capsys.readouterr().out
-    assert json.loads((tmp_path / "a" / "language_model.json").read_text())["gates"]["warnings"] == [*report.warnings]
-    with pytest.raises(GateError, match="relation_accuracy"):
-        train_language_model(replace(config, relation_required=True), tmp_path / "b", progress=Silent)
+def test_warnings_are_said_and_stop_nothing(capsys):
+    report = GateReport.judge("a", {"x": 1.0, "y": 0.2}, {"x": 0.5}, wanted={"y": 0.5})
+    assert require(report).passed and "a: warning: y is 0.2000, expected at least 0.5" in capsys.readouterr().out
 
 
-def test_every_token_of_a_group_of_batches_weighs_the_same():
-    config = replace(SMALL, steps=6, group=3, batch_size=5)
+@given(st.integers(0, 2**40), st.sampled_from([2, 3]), st.sampled_from(["varied", "synonyms", "plain"]))
+def test_an_answer_lists_the_scene_in_reading_order(seed, grid, wording):
+    turn = scene_turn(seed, seed=0, grid=grid, dense_share=1.0, wording=wording)
+    scene = sample_scene(generator=seed, grid=grid)
+    assert turn.caption == describe_scene(scene, wording=wording, generator=seed)
+    background, *sentences = turn.answer.removesuffix(" .").split(" . ")
+    assert background == scene.background and set(turn.answer.split()) <= set(SCENE_VOCABULARY)
+    rows, columns = (("top", "bottom"), ("left", "right")) if grid == 2 else ((), ())
+    things = {thing.cell: thing for thing in scene.objects}
+    for sentence, cell in zip(sentences, sorted(things), strict=True):
+        *place, size, colour, shape = sentence.split()
+        assert (size, colour, shape) == (things[cell].size, things[cell].colour, things[cell].shape)
+        assert grid == 3 or place == [rows[cell[0]], columns[cell[1]]]
+
+
+def test_kinds_of_turns_come_in_their_shares_and_independently():
+    options = {"seed": 0, "grid": 2, "wording": "plain"}
+    turns = [scene_turn(n, dense_share=0.75, unlike_share=0.6, **options) for n in range(2000)]
+    dense = torch.tensor([bool(turn.answer) for turn in turns])
+    several = torch.tensor([turn.answer.count(" .") > 2 for turn in turns])
+    assert dense.float().mean() == pytest.approx(0.75, abs=0.01)
+    # Of the 40 % that may be anything a quarter are single objects.
+    assert several[dense].float().mean() == pytest.approx(0.9, abs=0.03)
+    assert all(
+        turn.answer == "" and "at" not in turn.caption.split() for turn, d in zip(turns, dense, strict=True) if not d
+    )
+    single = [scene_turn(n, dense_share=1.0, unlike_share=0.0, **options).answer.count(" .") == 2 for n in range(2000)]
+    assert sum(single) / 2000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_conversation_is_the_prompt_its_answer_and_an_end(language_model):
+    model, tokenizer = load_language_model(language_model[1])
+    encoder = TextEncoder(model, tokenizer, layers=(0,))
+    turns = [Turn("a red circle", ""), Turn("one object on a black background .", "black . top left small red cross .")]
+    ids, mask, lengths = conversations(encoder, turns)
+    for row, keep, length, turn in zip(ids, mask, lengths.tolist(), turns, strict=True):
+        words = tokenizer.convert_ids_to_tokens(row[keep].tolist())
+        assert "".join(words[:length]) == encoder.render(turn.caption).replace(" ", "")
+        assert words[length:] == [*turn.answer.split(), "<|return|>"]
+    assert bool((ids[~mask] == tokenizer.pad_token_id).all())
+
+
+def test_every_token_of_a_group_of_batches_weighs_the_same_and_an_answers_more():
+    config = replace(SMALL, steps=6, group=3, batch_size=5, answer_weight=4.0, dense_share=0.5)
     model, tokenizer = build_language_model(config, 84), build_tokenizer()
     batches = list(lm._batches(config, model, tokenizer))
     assert len(batches) == 6 and all(len(ids) == 5 for ids, _, _ in batches)
+    assistant, answered = tokenizer.convert_tokens_to_ids("assistant"), 0
     for start in (0, 3):
         group = batches[start : start + 3]
-        (scale,) = {scale for _, _, scale in group}
-        assert scale * sum(int(mask[:, 1:].sum()) for _, mask, _ in group) == pytest.approx(3)
+        assert sum(float(weight.sum()) for _, _, weight in group) == pytest.approx(3)
+        (low,) = {round(float(weight[weight > 0].min()), 9) for _, _, weight in group}
+        for ids, mask, weight in group:
+            for row in range(5):
+                begin = int((ids[row] == assistant).nonzero()[0]) + 2  # behind the mark of the message
+                end = int(mask[row].sum())
+                expected = torch.zeros(ids.shape[1] - 1)
+                expected[: begin - 1], expected[begin - 1 : end - 1] = low, 4 * low
+                torch.testing.assert_close(weight[row], expected, rtol=1e-4, atol=1e-9)
+                answered += end - begin > 1
         lengths = sorted(int(mask.sum(1).max()) for _, mask, _ in group)
         assert lengths[0] < lengths[-1]
+    assert answered == 15  # the dense half
     for ids, mask, _ in batches:
         ends = ids[torch.arange(5), mask.sum(1) - 1]
         assert ends.tolist() == [tokenizer.eos_token_id] * 5 and bool((ids[~mask] == tokenizer.pad_token_id).all())
+
+
+def test_muon_moves_the_matrices_of_attention_and_experts_and_adamw_all_else():
+    model = build_language_model(SMALL, 84)
+    (adam, _), (muon, _) = lm._optimisers(SMALL, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moved = [{names[p] for p in optimiser.param_groups[0]["params"]} for optimiser in (adam, muon)]
+    assert not moved[0] & moved[1] and moved[0] | moved[1] == set(names.values())
+    parts = {name.split(".", 3)[3].removesuffix(".weight") for name in moved[1]}
+    attention = {f"self_attn.{letter}_proj" for letter in "qkvo"}
+    assert parts == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
 class Reader(nn.Module):
@@ -310,34 +370,40 @@ def test_the_colour_share_is_that_of_the_word_embedding_where_nothing_else_is():
     for number in range(32):
         key = HELD_OUT + number
         scene = sample_scene(generator=key, num_objects=(1, 1), pairs="all")
-        words = describe_scene(scene, generator=key).split()
+        words = describe_scene(scene, wording="synonyms", generator=key).split()
         texts += [[colour if word == scene.objects[0].colour else word for word in words] for colour in COLOURS]
     tokens = [word for text in texts for word in [*text, "<|end|>", "<|start|>", "assistant", "<|message|>"]]
     squares = sum((tokens.count(word) / len(tokens)) ** 2 for word in set(tokens))
     assert share == pytest.approx(5 / 6 / (1 - squares), rel=1e-3)
 
 
-class Sums(Table):
-    """Features are the sums of the word vectors since the last full stop: a bag of the sentence's words."""
+class Prophet(nn.Module):
+    """A language model that knows every next word, but takes the shape of what is at the bottom right for another."""
 
-    def __init__(self, weight, stop):
-        super().__init__(weight)
-        self.stop = stop
+    def __init__(self, tokenizer, knows):
+        super().__init__()
+        self.embed_tokens, self.layers = nn.Embedding(84, 4), nn.ModuleList([nn.Identity()])
+        self.tokenizer, self.knows = tokenizer, knows
 
     def forward(self, input_ids, **_):
-        vectors, out = self.embed_tokens(input_ids), []
-        for row, ids in enumerate(input_ids.tolist()):
-            begins = [max((j + 1 for j in range(i) if ids[j] == self.stop), default=0) for i in range(len(ids))]
-            out.append(torch.stack([vectors[row, begin : i + 1].sum(0) for i, begin in enumerate(begins)]))
-        return self.layers[0](torch.stack(out))
+        following = input_ids.roll(-1, 1)
+        shapes = self.tokenizer.convert_tokens_to_ids(list(SHAPES))
+        place = self.tokenizer.convert_tokens_to_ids(["bottom", "right"])
+        answer = (input_ids == self.tokenizer.convert_tokens_to_ids("assistant")).cumsum(1) > 0
+        for row, column in (answer & torch.isin(following, torch.tensor(shapes))).nonzero().tolist():
+            if not self.knows and input_ids[row, column - 3 : column - 1].tolist() == place:
+                following[row, column] = shapes[(shapes.index(int(following[row, column])) + 1) % 4]
+        return SimpleNamespace(logits=nn.functional.one_hot(following, 84).float())
 
 
-def test_binding_is_read_where_the_sentence_is_kept_and_not_where_it_is_forgotten():
+def test_answer_accuracy_is_the_share_of_objects_told_right():
     tokenizer = build_tokenizer()
-    stop = tokenizer.convert_tokens_to_ids(".")
-    assert binding_accuracy(Sums(torch.eye(84), stop), tokenizer, num=192) > 0.95
-    # The embedding of a full stop is the same everywhere: at best the commonest colour, one of six.
-    assert binding_accuracy(Table(torch.eye(84)), tokenizer, num=192) < 0.35
+    assert answer_accuracy(Prophet(tokenizer, knows=True), tokenizer, num=100) == 1.0
+    first = HELD_OUT + 2**30
+    scenes = [sample_scene(generator=first + n, num_objects=(2, 4), group_probability=0.0) for n in range(100)]
+    cells = [thing.cell for scene in scenes for thing in scene.objects]
+    expected = 1 - cells.count((1, 1)) / len(cells)
+    assert answer_accuracy(Prophet(tokenizer, knows=False), tokenizer, num=100) == pytest.approx(expected)
 
 
 def test_latents_have_unit_variance_in_training_whatever_the_weights():
@@ -445,5 +511,5 @@ def test_the_default_autoencoder_passes_its_gate(tmp_path, variant):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_language_model_passes_its_gate(tmp_path, seed):
     report = train_language_model(LanguageModelConfig(seed=seed), tmp_path, progress=Silent)
-    # Far below the untrained model's loss, log 84 = 4.4 nats, as measured 0.73.
-    assert report.passed and report.numbers["held_out_loss"] < 0.8
+    # Far below the untrained model's loss, log 84 = 4.4 nats, as measured 0.65.
+    assert report.passed and report.numbers["caption_loss"] < 0.75

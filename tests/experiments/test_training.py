@@ -130,6 +130,22 @@ def test_muon_treats_stacked_matrices_as_separate_ones_and_leaves_others_whole()
     assert (moved - expected).abs().max() < 0.1 * (expected - torch.cat([whole, single])).abs().max()
 
 
+def test_muon_treats_a_stack_as_its_matrices() -> None:
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(3, 8, 5, generator=generator)
+    stack, parts = nn.Parameter(start.clone()), {str(n): nn.Parameter(start[n].clone()) for n in range(3)}
+    together, apart = Muon({"w": stack}, lr=0.1), Muon(parts, lr=0.1)
+    for _ in range(2):
+        gradient = torch.randn(3, 8, 5, generator=generator) * torch.tensor([100.0, 1.0, 0.01])[:, None, None]
+        stack.grad = gradient.clone()
+        for part, slice_ in zip(parts.values(), gradient, strict=True):
+            part.grad = slice_.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([part.detach() for part in parts.values()]))
+    assert (stack.detach() - start).abs().amin((1, 2)).max() > 0
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (10, 4)])
 def test_muon_refuses_what_is_no_stack_of_matrices(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"a\.qkv\.weight: expected a matrix of 3 equal parts"):

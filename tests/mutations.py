@@ -202,9 +202,9 @@ MUTATIONS = [
     ),
     Mutation(
         "joined keys are out of step with their samples",
-        "nn/joint.py",
-        "return torch.cat([piece for pair in pieces for piece in pair])",
-        "return torch.cat([image, text])",
+        "nn/heads.py",
+        "starts[2] += run.count * whole",
+        "starts[2] += run.count * lengths[0]",
         (TOGETHER,),
     ),
     # Positions
@@ -250,7 +250,13 @@ MUTATIONS = [
         "[real * cos + imaginary * sin, imaginary * cos - real * sin]",
         (PARTS + "test_apply_rotary_is_multiplication_of_complex_neighbours",),
     ),
-    Mutation("rotation's gradient turns forwards", "nn/rotate.py", "cos, -sin)", "cos, sin)", (GRADIENTS,)),
+    Mutation(
+        "rotation's gradient turns forwards",
+        "nn/heads.py",
+        "image_cos, -image_sin",
+        "image_cos, image_sin",
+        (GRADIENTS,),
+    ),
     # Time
     Mutation(
         "sine before cosine",

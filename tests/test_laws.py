@@ -30,13 +30,13 @@ from lensmini.nn import (
     cpu_attention,
     embeddings,
     fusion,
+    heads,
     joint,
     latents,
     mlp,
     modulation,
     norm,
     rope,
-    rotate,
     text_encoder,
     transformer,
 )
@@ -517,18 +517,29 @@ ENTRIES = [
         "text",
     ),
     Entry(
-        rotate.normalise_and_rotate,
+        heads.join_heads,
         plain(
-            lambda i, _: rotate.normalise_and_rotate(
-                i["heads"], i["weight"], rope.RotaryTable(i["cos"], i["sin"]), eps=1e-6
+            lambda i, layout: heads.join_heads(
+                i["image"],
+                i["words"],
+                i["image_weight"],
+                i["text_weight"],
+                (rope.RotaryTable(i["cos"], i["sin"]), rope.RotaryTable(i["text_cos"], i["text_sin"])),
+                layout,
+                eps=1e-6,
             )
         ),
         {
-            "heads": ("image", (2, HEADS, HEAD_DIM)),
-            "weight": ("shared", (2, HEAD_DIM)),
+            "image": ("image", (3, HEADS, HEAD_DIM)),
+            "words": ("text", (3, HEADS, HEAD_DIM)),
+            "image_weight": ("shared", (2, HEAD_DIM)),
+            "text_weight": ("shared", (2, HEAD_DIM)),
             "cos": ("image", (HEAD_DIM // 2,)),
             "sin": ("image", (HEAD_DIM // 2,)),
+            "text_cos": ("text", (HEAD_DIM // 2,)),
+            "text_sin": ("text", (HEAD_DIM // 2,)),
         },
+        ("joint", "joint", "joint"),
     ),
     Entry(
         blocks.JointAttention,

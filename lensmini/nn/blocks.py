@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lensmini.nn.attention import AttentionBackend, packed_attention
-from lensmini.nn.joint import join_streams, split_streams
+from lensmini.nn.heads import join_heads
+from lensmini.nn.joint import split_streams
 from lensmini.nn.mlp import SwiGLU
 from lensmini.nn.modulation import Stream, gated_residual, modulated_norm
 from lensmini.nn.norm import RMSNorm
 from lensmini.nn.rope import RotaryTable
-from lensmini.nn.rotate import normalise_and_rotate
 from lensmini.nn.tracing import needs_plain_ops, plain_ops
 from lensmini.packed import Layout
 from lensmini.shapes import check_shape
@@ -79,16 +79,14 @@ class JointAttention(nn.Module):
         Returns:
             ``[N, d]``, and ``[M, d]`` or None.
         """
-        streams = []
-        for hidden, project, norms, table in (
-            (image, self.img_qkv, (self.norm_q, self.norm_k), rotary[0]),
-            (text, self.txt_qkv, (self.norm_added_q, self.norm_added_k), rotary[1]),
+        heads, weights = [], []
+        for hidden, project, norms in (
+            (image, self.img_qkv, (self.norm_q, self.norm_k)),
+            (text, self.txt_qkv, (self.norm_added_q, self.norm_added_k)),
         ):
-            query_key, value = project(hidden).unflatten(-1, (3, self.num_heads, -1)).split([2, 1], dim=1)
-            weight = torch.stack([norm.weight for norm in norms])
-            streams.append((normalise_and_rotate(query_key, weight, table, eps=norms[0].eps), value[:, 0]))
-        query, key = join_streams(streams[0][0], streams[1][0], layout).unbind(1)
-        value = join_streams(streams[0][1], streams[1][1], layout)
+            heads.append(project(hidden).unflatten(-1, (3, self.num_heads, -1)))
+            weights.append(torch.stack([norm.weight for norm in norms]))
+        query, key, value = join_heads(*heads, *weights, rotary, layout, eps=self.norm_q.eps)
         lengths = None if torch.compiler.is_compiling() else layout.joint_lengths
         attended = packed_attention(query, key, value, layout.joint_offsets, lengths=lengths, backend=backend)
         image_part, text_part = split_streams(attended.flatten(1), layout)

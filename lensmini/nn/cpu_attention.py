@@ -36,12 +36,15 @@ def cpu_attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) ->
 @torch.library.custom_op("lensmini::cpu_attention", mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     result, norms = _results(query)
-    for run in equal_runs(offsets.diff().tolist()):
+    runs = equal_runs(offsets.diff().tolist())
+    for run in runs:
         parts = [rearrange(x[run.rows], "(r s) h d -> r h s d", r=run.count) for x in (query, key, value)]
         if query.dtype == torch.bfloat16:
             piece = _blocked_forward(*(x.flatten(0, 1) for x in parts)).unflatten(0, parts[0].shape[:2])
         else:
             piece, piece_norms = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*parts)  # noqa: SLF001
+            if len(runs) == 1:  # what the kernel made is laid out as we want it: no copy
+                return rearrange(piece, "r h s d -> (r s) h d"), rearrange(piece_norms, "r h s -> (r s) h")
             norms[run.rows] = rearrange(piece_norms, "r h s -> (r s) h")
         result[run.rows] = rearrange(piece, "r h s d -> (r s) h d")
     return result, norms
@@ -65,7 +68,8 @@ def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor, norms: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
-    for run in equal_runs(offsets.diff().tolist()):
+    runs = equal_runs(offsets.diff().tolist())
+    for run in runs:
         parts = [rearrange(x[run.rows], "(r s) h d -> r h s d", r=run.count) for x in (grad, query, key, value)]
         if query.dtype == torch.bfloat16:
             pieces = _blocked_backward(*(x.flatten(0, 1) for x in parts))
@@ -75,6 +79,9 @@ def _backward(
             out_norms = rearrange(norms[run.rows], "(r s) h -> r h s", r=run.count)
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
             pieces = fused(*parts, out, out_norms, 0.0, False)
+            if len(runs) == 1:
+                grad_query, grad_key, grad_value = (rearrange(piece, "r h s d -> (r s) h d") for piece in pieces)
+                return grad_query, grad_key, grad_value
         for target, piece in zip(grads, pieces, strict=True):
             target[run.rows] = rearrange(piece, "r h s d -> (r s) h d")
     return grads[0], grads[1], grads[2]

@@ -152,7 +152,10 @@ def test_the_commands_that_the_report_proposes_are_understood(run, monkeypatch, 
     for name, arguments in commands:
         if name == "quickstart":
             script.cli(arguments.split())
-    assert [(one.out.name, one.steps, one.seed) for one in asked] == [("longer", 12, 0), ("seed1", pretrain.mini().run.steps, 1)]
+    assert [(one.out.name, one.steps, one.seed) for one in asked] == [
+        ("longer", 12, 0),
+        ("seed1", pretrain.mini().run.steps, 1),
+    ]
 
 
 def test_a_directory_with_other_settings_is_refused_by_name(run):

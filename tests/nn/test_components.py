@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lensmini.nn.embeddings import TimestepEmbedding, timestep_sinusoid
 from lensmini.nn.fusion import MultiLayerTextFusion, fuse_text_layers
+from lensmini.nn.heads import join_heads
 from lensmini.nn.joint import join_streams, split_streams
 from lensmini.nn.mlp import SwiGLU, silu_gate
 from lensmini.nn.modulation import gated_residual, modulated_norm
 from lensmini.nn.norm import RMSNorm, rms_normalise
 from lensmini.nn.rope import RotaryEmbedding3D, RotaryTable, apply_rotary
-from lensmini.nn.rotate import normalise_and_rotate
 from lensmini.nn.tracing import plain_ops
 from lensmini.packed import Layout
 from tests import reference
@@ -284,21 +284,34 @@ def test_gated_residual_adds_each_tokens_update_times_its_samples_gate(layout: L
     torch.testing.assert_close(gated_residual(x, update, gate, layout, stream), expected)
 
 
-@given(SEEDS, st.integers(0, 4), st.integers(1, 3), st.sampled_from([2, 8]))
-def test_normalise_and_rotate_is_the_norm_and_then_the_rotation(seed: int, tokens: int, heads: int, dim: int) -> None:
-    x, weight, angles = randn(seed, tokens, 2, heads, dim), randn(seed + 1, 2, dim), randn(seed + 2, tokens, dim // 2)
-    actual = normalise_and_rotate(x, weight, RotaryTable(angles.cos(), angles.sin()), eps=1e-6)
-    for projection in range(2):
-        for head in range(heads):
-            normed = reference.rms_norm(x[:, projection, head], weight[projection], 1e-6)
-            expected = reference.rotate(normed, angles.tolist())
-            torch.testing.assert_close(actual[:, projection, head], expected, rtol=1e-10, atol=1e-12)
+@given(layouts(), SEEDS, st.integers(1, 3), st.sampled_from([2, 8]))
+def test_joined_heads_are_normed_then_rotated_then_joined(layout: Layout, seed: int, heads: int, dim: int) -> None:
+    streams, tables, weights, expected = [], [], [], []
+    for number, tokens in enumerate((layout.num_image_tokens, layout.num_text_tokens)):
+        x, weight = randn(seed + number, tokens, 3, heads, dim), randn(seed + 2 + number, 2, dim)
+        angles = randn(seed + 4 + number, tokens, dim // 2)
+        streams, weights = [*streams, x], [*weights, weight]
+        tables.append(RotaryTable(angles.cos(), angles.sin()))
+        wanted = x.clone()
+        for projection in range(2):
+            for head in range(heads):
+                normed = reference.rms_norm(x[:, projection, head], weight[projection], 1e-6)
+                wanted[:, projection, head] = reference.rotate(normed, angles.tolist())
+        expected.append(wanted)
+    joint = torch.stack(join_heads(*streams, *weights, tuple(tables), layout, eps=1e-6), dim=1)
+    by_sample = []
+    for sample in range(layout.batch_size):
+        by_sample += [expected[0][layout.image_samples == sample], expected[1][layout.text_samples == sample]]
+    torch.testing.assert_close(joint, torch.cat(by_sample), rtol=1e-10, atol=1e-12)
+    with plain_ops():
+        plain = torch.stack(join_heads(*streams, *weights, tuple(tables), layout, eps=1e-6), dim=1)
+    torch.testing.assert_close(plain, joint, rtol=1e-10, atol=1e-12)
 
 
 def fused_cases() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
     layout = Layout.build([(1, 2), (1, 2), (1, 1), (1, 3)], text_lengths=[1, 2, 0, 2])
-    num, angles = layout.num_image_tokens, randn(9, 3, 2)
-    table = RotaryTable(angles.cos(), angles.sin())
+    num, angles = layout.num_image_tokens, randn(9, layout.num_image_tokens + 5, 2)
+    tables = [RotaryTable(part.cos(), part.sin()) for part in (angles[:num], angles[num:])]
     cases = {
         "silu_gate": (silu_gate, [(3, 2), (3, 2)]),
         "modulated_norm": (lambda *x: modulated_norm(*x, layout, "image", eps=1e-6), [(num, 4), (4,), (4, 4), (4, 4)]),
@@ -307,7 +320,10 @@ def fused_cases() -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
             [(5, 4), (4,), (4, 4), (4, 4)],
         ),
         "gated_residual": (lambda *x: gated_residual(*x, layout, "image"), [(num, 4), (num, 4), (4, 4)]),
-        "normalise_and_rotate": (lambda *x: normalise_and_rotate(*x, table, eps=1e-6), [(3, 2, 1, 4), (2, 4)]),
+        "join_heads": (
+            lambda *x: torch.stack(join_heads(*x, (tables[0], tables[1]), layout, eps=1e-6)),
+            [(num, 3, 2, 4), (5, 3, 2, 4), (2, 4), (2, 4)],
+        ),
     }
     return {
         name: (function, tuple(randn(i, *shape).requires_grad_() for i, shape in enumerate(shapes)))

@@ -77,5 +77,6 @@ class _SiluGate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001  # pyright: ignore
         gate, value = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * value, gate)
+        grad_gate = grad * value
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate, F.silu(gate).mul_(grad)

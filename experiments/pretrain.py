@@ -10,6 +10,7 @@ and seed alone, byte for byte), ``timing.jsonl``, ``step-N/`` checkpoints, sampl
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ from experiments.runs import (
     write_json,
 )
 from experiments.scoring import paint_prompts, score_suite
-from experiments.training import OptimConfig, TrainingState
+from experiments.training import OptimConfig, SettingsError, TrainingState, check_same_run
 from lensmini.data import LENS_BUCKETS, Bucket, build_scene_prompts
 from lensmini.nn import LensConfig
 from lensmini.objectives import flow_matching_loss, training_mu
@@ -279,6 +280,11 @@ def train(group: Group, config: PretrainConfig) -> None:
             losses = per_sample_loss(state, batch, sample_times(batch, optim))
             (losses.sum() / data.batch_size).backward()
             loss, stopping, _ = state.collect(group, [losses.sum().item() / data.batch_size, float(bool(stop)), 0.0])
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {loss}; lower the learning rates (optim.lr, optim.muon_lr). The last "
+                    f"checkpoint in {run.out} is from before"
+                )
             row = {"step": step + 1, "loss": loss, **state.update(run.steps)}
             row |= evaluate(config, state, world, held_out, group)
             done = state.step == run.steps
@@ -309,6 +315,7 @@ def main(config: PretrainConfig) -> None:
         return
     if isinstance(config.data, FolderConfig):
         find_pictures(config.data)
+    check_same_run(config.run.out, config)
     config.run.out.mkdir(parents=True, exist_ok=True)
     write_json(config.run.out / "config.json", config)
     world = prepare_miniature(config.miniature, config.run.out.parent)
@@ -323,7 +330,7 @@ def cli() -> None:
     config = tyro.extras.overridable_config_cli(presets, prog="python -m experiments.pretrain")
     try:
         main(config)
-    except FolderError as error:
+    except (FolderError, SettingsError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -44,7 +44,7 @@ from experiments.runs import (
     read_jsonl,
     write_json,
 )
-from experiments.training import read_run
+from experiments.training import check_same_run, read_run
 from experiments.usage import MemoryWatch, cpu_seconds, process_age
 from lensmini.parallel import run_processes
 
@@ -124,7 +124,7 @@ def main(config: QuickstartConfig, *, age: float = 0.0) -> dict[str, Any]:
         print(describe_run(training))
         return {}
     started, cpu_before = time.perf_counter() - age, cpu_seconds() if not age else 0.0
-    _check_same_run(training)
+    check_same_run(training.run.out, training)
     out.mkdir(parents=True, exist_ok=True)
     stages: dict[str, dict[str, Any]] = {}
     with _terminating_children(), MemoryWatch() as memory:
@@ -166,27 +166,6 @@ def main(config: QuickstartConfig, *, age: float = 0.0) -> dict[str, Any]:
     write_json(out / "summary.json", summary)
     _say(out, summary)
     return summary
-
-
-def _check_same_run(config: PretrainConfig) -> None:
-    """A directory that holds another run is not continued with these settings."""
-    found = latest_checkpoint(config.run.out)
-    if found is None:
-        return
-    old, new = read_run(found[0])["config"], config_dict(config)
-
-    def flat(values: Any, name: str = "") -> dict[str, Any]:
-        if not isinstance(values, dict):
-            return {name: values}
-        return {k: v for key, value in values.items() for k, v in flat(value, f"{name}.{key}".strip(".")).items()}
-
-    before, now = flat(old), flat(new)
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    # The same run can be asked for under another name of its directory.
-    changed = [name for name in changed if name != "run.out"]
-    if changed:
-        told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed[:4])
-        raise ValueError(f"run.out: {config.run.out} holds a run with other settings ({told}); name another directory")
 
 
 def _pretrain(config: PretrainConfig) -> tuple[Path, bool]:

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.muon import Muon
-from experiments.runs import atomic_directory, keep_last, latest_checkpoint, provenance, write_json
+from experiments.runs import atomic_directory, config_dict, keep_last, latest_checkpoint, provenance, write_json
 from lensmini.averaging import lerp_parameters_
 from lensmini.nn import LensConfig, LensTransformer
 from lensmini.parallel import Group
 
-__all__ = ["OptimConfig", "TrainingState", "learning_rate_factor"]
+__all__ = ["OptimConfig", "SettingsError", "TrainingState", "check_same_run", "learning_rate_factor", "read_run"]
 
 _HIDDEN = ("qkv.weight", "to_out.0.weight", "to_add_out.weight", "w1.weight", "w2.weight", "w3.weight")
 
@@ -190,6 +190,12 @@ class TrainingState:
                     state = {
                         short: moments[key] for short, key in found.items() if f"{names[parameter]}.{short}" == key
                     }
+                    wanted = {"momentum"} if isinstance(one, Muon) else {"exp_avg", "exp_avg_sq", "step"}
+                    if not wanted <= state.keys():
+                        raise SettingsError(
+                            f"{path}: expected moments {sorted(wanted)} of {names[parameter]}, got {sorted(state)}: they "
+                            "are another optimiser's; start with fresh ones (--reset-optimizer)"
+                        )
                     one.state[parameter] = state
         self.refresh()
 
@@ -201,3 +207,33 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_run(path: Path) -> dict[str, Any]:
     """The ``run.json`` of a checkpoint: step, resolved config and provenance."""
     return json.loads((path / "run.json").read_text())
+
+
+class SettingsError(ValueError):
+    """A run that its directory or checkpoint does not fit; the message is for whoever chose the settings."""
+
+
+_FREE = ("run.out", "run.processes", "run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every")
+"""Settings that a run may change when it goes on: they do not decide what it computes, up to the order of sums."""
+
+
+def check_same_run(out: Path, config: Any) -> None:
+    """Refuse to continue a directory's run with other settings.
+
+    Raises:
+        SettingsError: if a setting differs that decides what is computed; the message names the first four.
+    """
+    found = latest_checkpoint(out)
+    if found is None:
+        return
+    before, now = _flat(read_run(found[0])["config"]), _flat(config_dict(config))
+    changed = [name for name in sorted({*before, *now} - {*_FREE}) if before.get(name) != now.get(name)]
+    if changed:
+        told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed[:4])
+        raise SettingsError(f"run.out: {out} holds a run with other settings ({told}); name another directory")
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {name: values}
+    return {k: v for key, value in values.items() for k, v in _flat(value, f"{name}.{key}".strip(".")).items()}

@@ -1,6 +1,7 @@
 """A run that is killed anywhere, or asked to stop, ends as one that never was; presets describe themselves."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from experiments import pretrain
 from experiments.pretrain import PRESETS, PaperDataConfig
 from experiments.runs import read_jsonl
+from experiments.training import SettingsError
 from tests.experiments import tiny_run
 from tests.test_parallel import alive, wait_until
 
@@ -166,6 +169,20 @@ def test_kills_from_outside_at_any_time_leave_no_trace_and_no_process(root: Path
         wait_until(lambda: not any(alive(pid) for pid in workers), 10)  # noqa: B023
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert_same_run(out, whole)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(root: Path) -> None:
+    config = tiny_run.tiny_config(root / "nan", steps=6, processes=1)
+    config = replace(config, optim=replace(config.optim, lr=1e30, muon_lr=0.0, warmup_steps=0))
+    with pytest.raises(FloatingPointError, match=r"step [2-6]: the loss is (nan|inf); lower the learning rates"):
+        pretrain.main(config)
+    assert all(math.isfinite(row["loss"]) for row in read_jsonl(root / "nan" / "metrics.jsonl"))
+
+
+def test_other_settings_are_refused_in_a_sentence(root: Path, whole: Path) -> None:
+    config = tiny_run.tiny_config(root / "whole")
+    with pytest.raises(SettingsError, match=r"holds a run with other settings \(run\.seed 3 -> 4\)"):
+        pretrain.main(replace(config, run=replace(config.run, seed=4)))
 
 
 def _children(parent: int) -> list[int]:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from experiments.bank import FeatureBank, save_bank
 from experiments.muon import Muon, orthogonalise
 from experiments.pretrain import per_sample_loss, sample_times
-from experiments.training import OptimConfig, TrainingState, learning_rate_factor, read_run
+from experiments.training import (
+    OptimConfig,
+    SettingsError,
+    TrainingState,
+    check_same_run,
+    learning_rate_factor,
+    read_run,
+)
 from lensmini.nn import LensConfig
 from lensmini.parallel import Group, run_processes
 
@@ -293,6 +300,35 @@ def test_a_later_stage_starts_from_the_named_weights(which: str, optimizer: bool
     assert_same_bits({**later.ema.state_dict()}, wanted)
     assert_same_bits({**later.compute.state_dict()}, {name: value.bfloat16() for name, value in wanted.items()})
     assert_same_bits(moments(later), moments(state) if optimizer else {})
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(MUON, ADAM), (ADAM, MUON)], ids=["muon-to-adamw", "adamw-to-muon"])
+def test_another_optimisers_moments_are_refused_by_name(
+    saved: OptimConfig, wanted: OptimConfig, tmp_path: Path
+) -> None:
+    state = TrainingState(MODEL, saved, seed=0)
+    fill_gradient(state, 0)
+    state.update(4)
+    path = state.save(tmp_path, None, keep=1)
+    with pytest.raises(
+        SettingsError, match=r"expected moments .* of transformer_blocks\.0\.\S+, got .*--reset-optimizer"
+    ):
+        TrainingState(MODEL, wanted, seed=0).load(path, which="model", optimizer=True)
+    TrainingState(MODEL, wanted, seed=0).load(path, which="model", optimizer=False)
+
+
+def test_a_run_goes_on_only_with_the_settings_that_decide_its_numbers(tmp_path: Path) -> None:
+    config = {"run": {"out": "a", "processes": 1, "steps": 4}, "optim": {"lr": 1e-3}}
+    check_same_run(tmp_path, config)  # nothing there yet
+    state = TrainingState(MODEL, ADAM, seed=0)
+    fill_gradient(state, 0)
+    state.update(4)
+    state.save(tmp_path, config, keep=1)
+    check_same_run(tmp_path, {**config, "run": {"out": "b", "processes": 2, "steps": 4}})
+    with pytest.raises(SettingsError, match=r"other settings \(optim\.lr 0\.001 -> 0\.002, run\.steps 4 -> 8\)"):
+        check_same_run(tmp_path, {"run": {**config["run"], "steps": 8}, "optim": {"lr": 2e-3}})
+    with pytest.raises(SettingsError, match="optim.eps None -> 1"):
+        check_same_run(tmp_path, {**config, "optim": {"lr": 1e-3, "eps": 1}})
 
 
 def make_gradients(group: Group, folder: Path) -> None:

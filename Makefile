@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 help:
 	@echo "make setup       create $(VENV) and install the package with its extras"
-	@echo "make quickstart  sample from a small model, end to end"
+	@echo "make quickstart  train a tiny Lens from scratch and look at its pictures (about 8 minutes)"
 	@echo "make test        tests and doctests (minutes, no GPU, no download)"
 	@echo "make test-slow   the tests marked slow"
 	@echo "make lint        ruff and pyright"

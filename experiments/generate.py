@@ -1,12 +1,14 @@
 """Pictures from prompts with a trained checkpoint: text features, guided sampling, autoencoder.
 
-    python -m experiments.generate "a large red circle at the top left"          newest run of the quickstart
+    P="one object on a white background . a large red circle at the top left ."
+    python -m experiments.generate "$P"                                           newest run of the quickstart
     python -m experiments.generate --prompts FILE --num-images-per-prompt 4       one prompt per line
-    echo "two blue squares" | python -m experiments.generate -                    from standard input
-    python -m experiments.generate ratios "a green cross" --guidance-scale 2      on many canvases
-    python -m experiments.generate mini "a pink disk" --checkpoint runs/mini --height 40 --width 24
+    echo "$P" | python -m experiments.generate -                                  from standard input
+    python -m experiments.generate ratios "$P" --guidance-scale 2                 on many canvases
+    python -m experiments.generate mini "$P" --checkpoint runs/mini --height 40 --width 24
 
-Seconds on one CPU core. ``OUT`` holds one PNG per picture, ``pictures.jsonl`` with its settings and ``grid.png`` of the
+The miniature follows full descriptions like P, in the words of its captions; bare requests are strange to it. Seconds on
+one CPU core. ``OUT`` holds one PNG per picture, ``pictures.jsonl`` with its settings and ``grid.png`` of the
 pictures asked for last. The same command again paints only what is missing; another one adds to the directory.
 """
 
@@ -83,7 +85,7 @@ class GenerateConfig:
     """Guidance; 1 follows the text without it at half the cost."""
     rescale: bool = True
     """Restore the norms after guidance, as the released model does."""
-    mu: float | None = 0.0
+    mu: float | None = 1.8
     """Time shift of the schedule; none is the released model's rule, 0 equal steps."""
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ def find_checkpoint(path: Path | None) -> Path:
             return found[0]
     where = path if path is not None else " or ".join(run.as_posix() for run in _RUNS)
     raise FileNotFoundError(
-        f"no checkpoint in {where}: train one with `python -m experiments.quickstart` (about 10 minutes on two cores)"
+        f"no checkpoint in {where}: train one with `python -m experiments.quickstart` (about 8 minutes on two cores)"
         " or name one with --checkpoint"
     )
 

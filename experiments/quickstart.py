@@ -1,6 +1,6 @@
 """From a clone to pictures: the whole miniature, trained from scratch, painted, scored and reported (arXiv 2605.21573).
 
-    python -m experiments.quickstart                                          two CPU cores, about 10 minutes
+    python -m experiments.quickstart                                          two CPU cores, about 8 minutes
     python -m experiments.quickstart --run.out runs/longer --run.steps 6000   a better one
     python -m experiments.quickstart --run.out runs/seed1 --run.seed 1        another seed
     python -m experiments.quickstart smallest                                 seconds, paints nothing but noise

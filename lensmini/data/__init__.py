@@ -1,4 +1,4 @@
-"""Data: resolution buckets, image transforms, and the miniature world of scenes."""
+"""Data: resolution buckets, the index of samples, image transforms, and the miniature world of scenes."""
 
 from lensmini.data.buckets import (
     LENS_1440_BUCKETS,
@@ -8,6 +8,7 @@ from lensmini.data.buckets import (
     assign_buckets,
     make_buckets,
 )
+from lensmini.data.index import SampleIndex
 from lensmini.data.scene_captions import SCENE_VOCABULARY, describe_scene
 from lensmini.data.scene_prompts import (
     KINDS,
@@ -66,6 +67,7 @@ __all__ = [
     "KindScore",
     "Pattern",
     "Question",
+    "SampleIndex",
     "Scene",
     "SceneObject",
     "ScenePrompt",

@@ -1,5 +1,7 @@
-"""Data: resolution buckets, the index of samples, image transforms, and the miniature world of scenes."""
+"""Data: resolution buckets, the order of samples, image transforms, and the miniature world of scenes."""
 
+from lensmini.data.assign import PlannedStep
+from lensmini.data.balance import PlanReport
 from lensmini.data.buckets import (
     LENS_1440_BUCKETS,
     LENS_BUCKETS,
@@ -9,6 +11,9 @@ from lensmini.data.buckets import (
     make_buckets,
 )
 from lensmini.data.index import SampleIndex
+from lensmini.data.permute import permute, permute_windows
+from lensmini.data.plan import BatchPlan
+from lensmini.data.sampler import BucketBatchSampler
 from lensmini.data.scene_captions import SCENE_VOCABULARY, describe_scene
 from lensmini.data.scene_prompts import (
     KINDS,
@@ -62,10 +67,14 @@ __all__ = [
     "AskCount",
     "AskPlace",
     "AskRelation",
+    "BatchPlan",
     "Bucket",
+    "BucketBatchSampler",
     "FoundObject",
     "KindScore",
     "Pattern",
+    "PlanReport",
+    "PlannedStep",
     "Question",
     "SampleIndex",
     "Scene",
@@ -80,6 +89,8 @@ __all__ = [
     "crop_fraction",
     "describe_scene",
     "make_buckets",
+    "permute",
+    "permute_windows",
     "questions_about",
     "read_scene",
     "render_scene",

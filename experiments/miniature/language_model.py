@@ -170,7 +170,7 @@ def train_language_model(
                 optimiser.param_groups[0]["lr"] = peak * factor
                 optimiser.step()
             with torch.no_grad():
-                torch._foreach_copy_(copies, masters)
+                torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage]
             if step % 10 == 0 or step == config.steps:
                 mean = float(losses.detach().sum() / mask[:, 1:].sum())
                 append_jsonl(directory / "metrics.jsonl", {"step": step, "loss": mean})

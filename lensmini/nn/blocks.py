@@ -79,14 +79,17 @@ class JointAttention(nn.Module):
         Returns:
             ``[N, d]``, and ``[M, d]`` or None.
         """
-        heads, weights = [], []
-        for hidden, project, norms in (
-            (image, self.img_qkv, (self.norm_q, self.norm_k)),
-            (text, self.txt_qkv, (self.norm_added_q, self.norm_added_k)),
-        ):
-            heads.append(project(hidden).unflatten(-1, (3, self.num_heads, -1)))
-            weights.append(torch.stack([norm.weight for norm in norms]))
-        query, key, value = join_heads(*heads, *weights, rotary, layout, eps=self.norm_q.eps)
+        image_heads, text_heads = (
+            project(hidden).unflatten(-1, (3, self.num_heads, -1))
+            for project, hidden in ((self.img_qkv, image), (self.txt_qkv, text))
+        )
+        image_weight, text_weight = (
+            torch.stack([norm.weight for norm in norms])
+            for norms in ((self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k))
+        )
+        query, key, value = join_heads(
+            image_heads, text_heads, image_weight, text_weight, rotary, layout, eps=self.norm_q.eps
+        )
         lengths = None if torch.compiler.is_compiling() else layout.joint_lengths
         attended = packed_attention(query, key, value, layout.joint_offsets, lengths=lengths, backend=backend)
         image_part, text_part = split_streams(attended.flatten(1), layout)

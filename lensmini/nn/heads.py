@@ -148,12 +148,10 @@ class _JoinHeads(torch.autograd.Function):
         scales = [_inverse_rms(heads, eps) for heads in (image, text)]
         dtype = scales[0].dtype
         weights = [weight.to(dtype) for weight in (image_weight, text_weight)]
-        streams = [
-            [image, scales[0], _turns(image_cos, image_sin, dtype)],
-            [text, scales[1], _turns(text_cos, text_sin, dtype)],
-        ]
+        image_parts = [image, scales[0], _turns(image_cos, image_sin, dtype)]
+        text_parts = [text, scales[1], _turns(text_cos, text_sin, dtype)]
         joint = [image.new_empty((len(image) + len(text), *image.shape[2:])) for _ in range(3)]
-        for which, (heads, scale, turns, *targets) in _views(layout, *streams, joint):
+        for which, (heads, scale, turns, *targets) in _views(layout, image_parts, text_parts, joint):
             for index in (0, 1):
                 target = targets[index]
                 direct = target.dtype == dtype
@@ -175,12 +173,10 @@ class _JoinHeads(torch.autograd.Function):
         weights = [weight.to(dtype) for weight in norms]
         results = [torch.empty_like(heads, memory_format=torch.contiguous_format) for heads in (image, text)]
         grad_weights = [torch.zeros_like(weight) for weight in weights]
-        streams = [
-            [image, image_scale, _turns(image_cos, -image_sin, dtype), results[0]],
-            [text, text_scale, _turns(text_cos, -text_sin, dtype), results[1]],
-        ]
+        image_parts = [image, image_scale, _turns(image_cos, -image_sin, dtype), results[0]]
+        text_parts = [text, text_scale, _turns(text_cos, -text_sin, dtype), results[1]]
         grads = [grad.contiguous() for grad in joint_grads]
-        for which, (heads, scale, turns, result, *incoming) in _views(ctx.layout, *streams, grads):
+        for which, (heads, scale, turns, result, *incoming) in _views(ctx.layout, image_parts, text_parts, grads):
             for index in (0, 1):
                 # The inverse rotation is the transpose.
                 grad = torch.view_as_real(_pairs(incoming[index].to(dtype)) * turns).flatten(-2)

@@ -143,7 +143,7 @@ def mini() -> PretrainConfig:
             warmup_steps=20,
             decay_fraction=0.4,
             ema_decay=0.99,
-            time_mu=1.8,  # few tokens with redundant channels: what stands where is decided at t > 0.9
+            time_mu=1.8,
             init_gate=0.1,
         ),
         run=RunConfig(out=Path("runs/mini"), steps=1600, checkpoint_every=400, sample_every=400, processes=2),

@@ -19,9 +19,7 @@ class GateReport:
     numbers: dict[str, float]
     """Every measurement."""
     failures: tuple[str, ...]
-    """One sentence for each number below a threshold that it must reach."""
-    warnings: tuple[str, ...] = ()
-    """One for each number below a threshold that it should reach."""
+    """One sentence for each number below its threshold."""
 
     @property
     def passed(self) -> bool:
@@ -29,27 +27,23 @@ class GateReport:
         return not self.failures
 
     @classmethod
-    def judge(
-        cls,
-        stage: str,
-        numbers: Mapping[str, float],
-        least: Mapping[str, float],
-        *,
-        wanted: Mapping[str, float] | None = None,
-    ) -> "GateReport":
-        """Compare numbers with thresholds that must (``least``) and that should (``wanted``) be reached.
-
-        A number that is not one (NaN) falls short.
+    def judge(cls, stage: str, numbers: Mapping[str, float], least: Mapping[str, float]) -> "GateReport":
+        """Compare numbers with the least that they must be. One that is no number (NaN) falls short.
 
         Example:
             >>> GateReport.judge("letters", {"share": 0.5, "loss": 2.0}, {"share": 0.9}).failures
             ('share is 0.5000, expected at least 0.9',)
         """
-        return cls(stage, dict(numbers), _shortfalls(numbers, least), _shortfalls(numbers, wanted or {}))
+        failures = tuple(
+            f"{name} is {numbers[name]:.4f}, expected at least {bound:g}"
+            for name, bound in least.items()
+            if not numbers[name] >= bound
+        )
+        return cls(stage, dict(numbers), failures)
 
 
 def require(report: GateReport) -> GateReport:
-    """Give the report back if it passed, and say its warnings aloud.
+    """Give the report back if it passed.
 
     Raises:
         GateError: if it did not, with every failure.
@@ -60,14 +54,4 @@ def require(report: GateReport) -> GateReport:
     """
     if not report.passed:
         raise GateError(f"{report.stage}: gate failed: {'; '.join(report.failures)}")
-    for warning in report.warnings:
-        print(f"{report.stage}: warning: {warning}", flush=True)
     return report
-
-
-def _shortfalls(numbers: Mapping[str, float], least: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(
-        f"{name} is {numbers[name]:.4f}, expected at least {bound:g}"
-        for name, bound in least.items()
-        if not numbers[name] >= bound
-    )

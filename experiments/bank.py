@@ -2,9 +2,9 @@
 
 Axes: m pictures, n captions, T text tokens of all captions, k text layers, e text width, N tokens of all pictures, c channels.
 
-Text and pictures are encoded once and then drawn from a memory-mapped file. A batch is a pure function of (seed, step):
-which pictures, their order, and through their numbers their noise, time and text dropout. Pictures of one grid and one text
-length are drawn in small groups, because the CPU runs equal neighbours as one.
+Text and pictures are encoded once and then drawn from a memory-mapped file, where pictures are sorted by grid. A step is a
+pure function of (seed, step): a :class:`BatchPlan` says which pictures, and through their numbers follow their noise, time
+and text dropout.
 """
 
 from collections import defaultdict
@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lensmini.data import BatchPlan, Sample, collate_samples
+from lensmini.data.plan import Mode
+from lensmini.nn import LensConfig
 from lensmini.packed import Layout
 
 __all__ = ["Batch", "FeatureBank", "random_stream", "save_bank"]
@@ -52,7 +56,7 @@ def random_stream(*key: int) -> torch.Generator:
 def save_bank(
     directory: Path, texts: Sequence[Tensor], pictures: Sequence[tuple[int, Tensor]], captions: Sequence[str]
 ) -> None:
-    """Write a bank.
+    """Write a bank; pictures are sorted by grid and keep their order otherwise.
 
     Args:
         directory: where to.
@@ -60,6 +64,7 @@ def save_bank(
         pictures: for each picture the number of its caption and its latent ``[c, h_i, w_i]``.
         captions: the words, kept beside for people.
     """
+    pictures = sorted(pictures, key=lambda picture: tuple(picture[1].shape[1:]))
     grids = [(latent.shape[1], latent.shape[2]) for _, latent in pictures]
     tensors = {
         "text": torch.cat(list(texts)).to(torch.bfloat16),
@@ -103,62 +108,80 @@ class FeatureBank:
         caption = int(self.caption_of[picture])
         return self.text[self.text_starts[caption] : self.text_starts[caption + 1]]
 
-    def groups(self) -> dict[tuple[int, int, int], list[int]]:
-        """Pictures by latent height, latent width and text length."""
-        lengths = self.text_starts.diff()[self.caption_of]
-        found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        for index, ((height, width), length) in enumerate(zip(self.grids.tolist(), lengths.tolist(), strict=True)):
-            found[height, width, length].append(index)
+    @property
+    def text_lengths(self) -> Tensor:
+        """``[m]`` text tokens of each picture's caption."""
+        return self.text_starts.diff()[self.caption_of]
+
+    def plan(
+        self, *, batch_size: int, num_slots: int, mode: Mode = "packed", seed: int = 0, model: LensConfig | None = None
+    ) -> BatchPlan:
+        """The order of pictures: grids are the buckets, and a plan's sample numbers are pictures of the bank.
+
+        Args:
+            batch_size: images of a step.
+            num_slots: micro-batches of a step.
+            mode: how they are filled (:class:`BatchPlan`).
+            seed: of the order.
+            model: sizes that FLOPs are counted for.
+        """
+        grids, sizes = torch.unique_consecutive(self.grids, dim=0, return_counts=True)
+        lengths = self.text_lengths.numpy()
+        return BatchPlan(
+            sizes.numpy(),
+            grids.prod(1).numpy(),
+            num_slots=num_slots,
+            seed=seed,
+            mode=mode,
+            images_per_slot=batch_size // num_slots,
+            text_tokens=int(lengths.max()),
+            text_lengths=lengths,
+            model=model,
+        )
+
+    def by_grid(self) -> dict[tuple[int, int], list[int]]:
+        """Pictures by latent height and width."""
+        found: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, (height, width) in enumerate(self.grids.tolist()):
+            found[height, width].append(index)
         return dict(found)
 
-    def draw(
+    def collate(
         self,
-        groups: dict[tuple[int, int, int], list[int]],
+        pictures: Sequence[int],
         *,
         seed: int,
         step: int,
-        batch_size: int,
-        group_size: int,
-        rank: int,
-        world_size: int,
-    ) -> list[tuple[int, int]]:
-        """Pictures of one step for one process, as (slot in the global batch, picture).
+        text_dropout: float,
+        repeats: Sequence[int] | None = None,
+    ) -> Batch:
+        """Pack pictures with noise, times and text dropout that depend on (seed, step, picture) alone.
 
-        Each group starts with a picture drawn uniformly from the whole bank and is filled up with others of the same
-        shape, or for a shape of fewer than ``group_size`` pictures with others of any such rare shape, so that every
-        picture is equally likely. The global batch does not depend on ``world_size``.
+        Args:
+            pictures: numbers of the pictures.
+            seed: of the run.
+            step: of the run.
+            text_dropout: share of texts to leave out.
+            repeats: how often each picture came before in the step (``PlannedStep.repeats``); never by default.
         """
-        rare = [picture for members in groups.values() if len(members) < group_size for picture in members]
-        pools = {
-            picture: members if len(members) >= group_size else rare
-            for members in groups.values()
-            for picture in members
-        }
-        chosen = []
-        for number in range(rank, batch_size // group_size, world_size):
-            stream = random_stream(seed, step, number)
-            first = int(torch.randint(self.num_pictures, (), generator=stream))
-            pool = pools[first]
-            picks = torch.randperm(len(pool), generator=stream)[: group_size - 1].tolist()
-            while len(picks) < group_size - 1:
-                picks.append(int(torch.randint(len(pool), (), generator=stream)))
-            pictures = [first, *(pool[pick] for pick in picks)]
-            chosen += [(number * group_size + offset, picture) for offset, picture in enumerate(pictures)]
-        return chosen
-
-    def collate(self, slots: Sequence[tuple[int, int]], *, seed: int, step: int, text_dropout: float) -> Batch:
-        """Pack pictures with noise, times and text dropout that depend on (seed, step, slot) alone."""
         rows = []
-        for slot, picture in slots:
-            stream = random_stream(seed, step, slot, 1)
+        for picture, repeat in zip(pictures, [0] * len(pictures) if repeats is None else repeats, strict=True):
+            stream = random_stream(seed, step, picture, repeat)
             normal, keep = torch.randn((), generator=stream), torch.rand((), generator=stream) >= text_dropout
-            latent = self.latents[self.latent_starts[picture] : self.latent_starts[picture + 1]].float()
-            noise = torch.randn(latent.shape, generator=stream)
+            tokens = self.latents[self.latent_starts[picture] : self.latent_starts[picture + 1]].float()
+            latents = rearrange(tokens, "(h w) c -> c h w", h=int(self.grids[picture, 0]))
             text = self.text_of(picture)
-            rows.append((latent, text if keep else text[:0], noise, normal, picture))
-        # Dropped texts last within a shape, so that equal neighbours stay together.
-        rows.sort(key=lambda row: (tuple(self.grids[row[4]].tolist()), len(row[1])), reverse=True)
-        latents, texts, noises, normals, pictures = zip(*rows, strict=True)
-        grids = self.grids[list(pictures)]
-        layout = Layout.build(grids, text_lengths=[len(text) for text in texts])
-        return Batch(torch.cat(latents), torch.cat(texts), layout, torch.cat(noises), torch.stack(normals), pictures)
+            noise = torch.randn(tokens.shape, generator=stream)
+            rows.append((Sample(picture, latents, text if keep else text[:0]), noise, normal))
+        # Equal neighbours run as one on a CPU. Dropped texts come last within a grid, so that they stay together.
+        rows.sort(key=lambda row: (tuple(row[0].latents.shape), len(row[0].text_tokens)), reverse=True)
+        samples, noises, normals = zip(*rows, strict=True)
+        packed = collate_samples(samples)
+        return Batch(
+            packed.image_tokens,
+            packed.text_tokens,
+            packed.layout,
+            torch.cat(noises),
+            torch.stack(normals),
+            tuple(packed.samples.tolist()),
+        )

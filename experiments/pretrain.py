@@ -37,7 +37,7 @@ from experiments.runs import (
 )
 from experiments.scoring import paint_prompts, score_suite
 from experiments.training import OptimConfig, SettingsError, TrainingState, check_same_run
-from lensmini.data import LENS_BUCKETS, Bucket, build_scene_prompts
+from lensmini.data import LENS_BUCKETS, BatchPlan, Bucket, build_scene_prompts, loss_weights
 from lensmini.nn import LensConfig
 from lensmini.objectives import flow_matching_loss, training_mu
 from lensmini.parallel import Group, run_processes
@@ -110,13 +110,10 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.init_weights not in ("model", "ema"):
             raise ValueError(f'init_weights: expected "model" or "ema", got {self.init_weights!r}')
-        if isinstance(self.data, SceneConfig | FolderConfig):
-            groups = self.data.batch_size // self.data.group_size
-            if groups < self.run.processes:
-                raise ValueError(
-                    f"batch_size: expected at least group_size = {self.data.group_size} for each of "
-                    f"{self.run.processes} processes, got {self.data.batch_size}"
-                )
+        if isinstance(self.data, SceneConfig | FolderConfig) and self.data.num_slots % self.run.processes:
+            raise ValueError(
+                f"processes: expected a divisor of data.num_slots = {self.data.num_slots}, got {self.run.processes}"
+            )
 
 
 MINI_MODEL = LensConfig(
@@ -199,10 +196,10 @@ def sample_times(batch: Batch, optim: OptimConfig) -> Tensor:
 def validation_losses(state: TrainingState, bank: FeatureBank, group: Group, seed: int) -> dict[str, float]:
     """Mean loss on every held-out picture at four fixed times with fixed noise, per canvas."""
     sums: dict[str, list[float]] = {}
-    for index, ((height, width, _), members) in enumerate(sorted(bank.groups().items())):
+    for index, ((height, width), members) in enumerate(sorted(bank.by_grid().items())):
         if index % group.world_size != group.rank:
             continue
-        batch = bank.collate([(m, m) for m in members], seed=seed, step=-1, text_dropout=0.0)
+        batch = bank.collate(members, seed=seed, step=-1, text_dropout=0.0)
         for t in (0.2, 0.4, 0.6, 0.8):
             losses = per_sample_loss(state, batch, torch.full((len(members),), t))
             sums.setdefault(f"{height}x{width}", []).extend(losses.tolist())
@@ -248,6 +245,19 @@ def world_captions(config: PretrainConfig) -> list[str]:
     return (config.run.out / "captions.txt").read_text().splitlines()
 
 
+def make_plan(config: PretrainConfig, bank: FeatureBank) -> BatchPlan:
+    """The order of a run's pictures; a function of config and bank, whatever the number of processes."""
+    data = config.data
+    assert isinstance(data, SceneConfig | FolderConfig)
+    return bank.plan(
+        batch_size=data.batch_size,
+        num_slots=data.num_slots,
+        mode=data.mode,
+        seed=config.run.seed,
+        model=config.model,
+    )
+
+
 def train(group: Group, config: PretrainConfig) -> None:
     """The loop of one process."""
     torch.set_num_threads(config.run.threads)
@@ -262,30 +272,28 @@ def train(group: Group, config: PretrainConfig) -> None:
     if group.rank == 0:
         for name in ("metrics.jsonl", "timing.jsonl"):
             truncate_jsonl(run.out / name, state.step)
-    groups = bank.groups()
+    plan = make_plan(config, bank)
+    plan.micro_steps(group.world_size)
     start, started, resumed = time.perf_counter(), time.process_time(), state.step
     with StopRequest() as stop, progress(run.steps, state.step, "pretrain", rank=group.rank) as bar:
         while state.step < run.steps:
-            step = state.step
-            slots = bank.draw(
-                groups,
-                seed=run.seed,
-                step=step,
-                batch_size=data.batch_size,
-                group_size=data.group_size,
-                rank=group.rank,
-                world_size=group.world_size,
-            )
-            batch = bank.collate(slots, seed=run.seed, step=step, text_dropout=data.text_dropout)
-            losses = per_sample_loss(state, batch, sample_times(batch, optim))
-            (losses.sum() / data.batch_size).backward()
-            loss, stopping, _ = state.collect(group, [losses.sum().item() / data.batch_size, float(bool(stop)), 0.0])
+            step, loss = plan.step(state.step), 0.0
+            for slot in range(group.rank, plan.num_slots, group.world_size):
+                pictures, repeats = step.slot(slot).tolist(), step.repeats(slot).tolist()
+                batch = bank.collate(
+                    pictures, repeats=repeats, seed=run.seed, step=state.step, text_dropout=data.text_dropout
+                )
+                weights = loss_weights(batch.layout, plan.totals(step), data.weighting)
+                part = (weights * per_sample_loss(state, batch, sample_times(batch, optim))).sum()
+                part.backward()
+                loss += part.item()
+            loss, stopping, _ = state.collect(group, [loss, float(bool(stop)), 0.0])
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss}; lower the learning rates (optim.lr, optim.muon_lr). The last "
+                    f"step {step.step + 1}: the loss is {loss}; lower the learning rates (optim.lr, optim.muon_lr). The last "
                     f"checkpoint in {run.out} is from before"
                 )
-            row = {"step": step + 1, "loss": loss, **state.update(run.steps)}
+            row = {"step": step.step + 1, "loss": loss, **state.update(run.steps)}
             row |= evaluate(config, state, world, held_out, group)
             done = state.step == run.steps
             if group.rank == 0:
@@ -298,7 +306,7 @@ def train(group: Group, config: PretrainConfig) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 if stopping or done or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
-                    state.save(run.out, config, keep=run.keep_checkpoints)
+                    state.save(run.out, config, keep=run.keep_checkpoints, plan=plan.fingerprint())
             if stopping:
                 break
     if group.rank == 0 and state.step == run.steps:
@@ -319,8 +327,10 @@ def main(config: PretrainConfig) -> None:
     config.run.out.mkdir(parents=True, exist_ok=True)
     write_json(config.run.out / "config.json", config)
     world = prepare_miniature(config.miniature, config.run.out.parent)
-    (scene_banks if isinstance(config.data, SceneConfig) else folder_banks)(config.data, world, config.run.out)  # pyright: ignore
-    del world
+    make_banks = scene_banks if isinstance(config.data, SceneConfig) else folder_banks
+    bank, _ = make_banks(config.data, world, config.run.out)  # pyright: ignore[reportArgumentType]
+    check_same_run(config.run.out, config, make_plan(config, bank).fingerprint())
+    del world, bank
     run_processes(train, config.run.processes, config)
 
 

@@ -23,6 +23,8 @@ from lensmini.data import (
     resize_and_crop,
     sample_scene,
 )
+from lensmini.data.collate import Weighting
+from lensmini.data.plan import Mode
 from lensmini.data.scene_captions import Wording
 from lensmini.nn import from_uint8
 
@@ -48,8 +50,14 @@ class SceneConfig:
     """How captions and the prompts of scores vary: "plain", "synonyms" or "varied" (other sentence forms too)."""
     batch_size: int = 24
     """Samples of one step over all processes."""
-    group_size: int = 4
-    """Neighbours of equal grid and text length."""
+    num_slots: int = 2
+    """Micro-batches of one step; processes share them evenly."""
+    mode: Mode = "packed"
+    """How they are filled: "packed", shapes mixed so that all take equally long; "bucket", one shape in each (the paper);
+    "same_bucket", one shape in a step."""
+    weighting: Weighting = "per_image"
+    """What counts the same in the loss of a step: every image ("per_image") or every image token ("per_token"); the paper
+    does not state it."""
     text_dropout: float = 0.1
     """Share of samples whose text is masked as a whole; the paper does not state it."""
     num_held_out: int = 60
@@ -58,7 +66,7 @@ class SceneConfig:
     """Seed of scenes and captions."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size, self.group_size, self.text_dropout)
+        _check(self.batch_size, self.num_slots, self.text_dropout)
         if self.density not in ("dense", "brief", "mixed"):
             raise ValueError(f'density: expected "dense", "brief" or "mixed", got {self.density!r}')
 
@@ -77,15 +85,21 @@ class FolderConfig:
     """Fewer good pictures than this are an error."""
     batch_size: int = 24
     """Samples of one step over all processes."""
-    group_size: int = 4
-    """Neighbours of equal grid and text length."""
+    num_slots: int = 2
+    """Micro-batches of one step; processes share them evenly."""
+    mode: Mode = "packed"
+    """How they are filled: "packed", shapes mixed so that all take equally long; "bucket", one shape in each (the paper);
+    "same_bucket", one shape in a step."""
+    weighting: Weighting = "per_image"
+    """What counts the same in the loss of a step: every image ("per_image") or every image token ("per_token"); the paper
+    does not state it."""
     text_dropout: float = 0.1
     """Share of samples whose text is masked as a whole; the paper does not state it."""
     held_out_share: float = 0.05
     """Share of pictures kept for the validation loss, at least one."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size, self.group_size, self.text_dropout)
+        _check(self.batch_size, self.num_slots, self.text_dropout)
         if self.min_samples < 2 or not 0 <= self.held_out_share <= 0.5:
             raise ValueError(
                 "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
@@ -99,9 +113,9 @@ class FolderConfig:
         return make_buckets(self.side, ratios=self.ratios, multiple=multiple, tolerance=0.13)
 
 
-def _check(batch_size: int, group_size: int, text_dropout: float) -> None:
-    if batch_size < 1 or group_size < 1 or batch_size % group_size:
-        raise ValueError(f"batch_size: expected a multiple of group_size = {group_size}, got {batch_size}")
+def _check(batch_size: int, num_slots: int, text_dropout: float) -> None:
+    if batch_size < 1 or num_slots < 1 or batch_size % num_slots:
+        raise ValueError(f"batch_size: expected a multiple of num_slots = {num_slots}, got {batch_size}")
     if not 0 <= text_dropout <= 1:
         raise ValueError(f"text_dropout: expected a share in [0, 1], got {text_dropout}")
 
@@ -116,7 +130,7 @@ def scene_banks(
             for name in ("num_captions", "pictures_per_caption", "canvases", "density", "wording")
         }
     }
-    key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key}
+    key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key, "order": "by grid"}
 
     def make(directory: Path) -> None:
         for name, start, num in (("train", 0, config.num_captions), ("held_out", _HELD_OUT, config.num_held_out)):
@@ -229,7 +243,7 @@ def folder_banks(
     stamp = [(p.relative_to(config.path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stamp += [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.path.rglob("*.txt"))]
     key = {"files": stamp, "side": config.side, "ratios": config.ratios, "world": world.key}
-    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 2}
+    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 3}
 
     def make(directory: Path) -> None:
         buckets = config.buckets_for(world.autoencoder.downsample)

@@ -254,14 +254,14 @@ def losses_by_time(model: LensTransformer, bank: FeatureBank, *, num_times: int 
 
     Args:
         model: the transformer.
-        bank: held-out pictures; the first of each caption is used.
+        bank: held-out pictures; as many as there are captions are used, evenly over the grids.
         num_times: times, evenly between 0 (picture) and 1 (noise).
 
     Returns:
         For each time ``time``, ``loss`` and ``zero_loss``.
     """
-    first = {int(caption): picture for picture, caption in reversed(list(enumerate(bank.caption_of)))}
-    batch = bank.collate([(picture, picture) for picture in first.values()], seed=0, step=-1, text_dropout=0.0)
+    chosen = range(0, bank.num_pictures, bank.num_pictures // len(bank.caption_of.unique()))
+    batch = bank.collate(chosen, seed=0, step=-1, text_dropout=0.0)
     target, dtype = velocity_target(batch.image_tokens, batch.noise), model.img_in.weight.dtype
     zero = flow_matching_loss(torch.zeros_like(target), target, layout=batch.layout).mean().item()
     rows = []

@@ -148,8 +148,8 @@ class TrainingState:
         self.refresh()
         return {"grad_norm": norm.item(), "lr": self.optim.lr * factor}
 
-    def save(self, out: Path, config: Any, *, keep: int) -> Path:
-        """Write ``out/step-N`` atomically and drop older checkpoints."""
+    def save(self, out: Path, config: Any, *, keep: int, plan: str | None = None) -> Path:
+        """Write ``out/step-N`` atomically, with the fingerprint of the plan, and drop older checkpoints."""
         path = out / f"step-{self.step:06d}"
         moments = {}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -161,7 +161,8 @@ class TrainingState:
             save_file(_contiguous(self.ema.state_dict()), new / "ema.safetensors")
             save_file(_contiguous(moments), new / "optimizer.safetensors")
             write_json(new / "config.json", self.model.config.to_dict())
-            write_json(new / "run.json", {"step": self.step, "config": config, "provenance": provenance()})
+            run = {"step": self.step, "plan": plan, "config": config, "provenance": provenance()}
+            write_json(new / "run.json", run)
         keep_last(out, keep)
         return path
 
@@ -217,8 +218,13 @@ _FREE = ("run.out", "run.processes", "run.threads", "run.checkpoint_every", "run
 """Settings that a run may change when it goes on: they do not decide what it computes, up to the order of sums."""
 
 
-def check_same_run(out: Path, config: Any) -> None:
-    """Refuse to continue a directory's run with other settings.
+def check_same_run(out: Path, config: Any, plan: str | None = None) -> None:
+    """Refuse to continue a directory's run with other settings, or with samples in another order.
+
+    Args:
+        out: the run's directory.
+        config: settings of the run that wants to go on.
+        plan: fingerprint of its order of samples; not compared if it is None.
 
     Raises:
         SettingsError: if a setting differs that decides what is computed; the message names the first four.
@@ -226,7 +232,13 @@ def check_same_run(out: Path, config: Any) -> None:
     found = latest_checkpoint(out)
     if found is None:
         return
-    before, now = _flat(read_run(found[0])["config"]), _flat(config_dict(config))
+    run = read_run(found[0])
+    if plan is not None and run.get("plan") != plan:
+        raise SettingsError(
+            f"run.out: {out} holds a run whose samples came in another order ({run.get('plan')}, now {plan}): the data have "
+            "changed since, or an older version made it; name another directory"
+        )
+    before, now = _flat(run["config"]), _flat(config_dict(config))
     changed = [name for name in sorted({*before, *now} - {*_FREE}) if before.get(name) != now.get(name)]
     if changed:
         told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed[:4])

@@ -1,6 +1,6 @@
 """Data: resolution buckets, the order of samples, image transforms, and the miniature world of scenes."""
 
-from lensmini.data.assign import PlannedStep
+from lensmini.data.assign import PlannedStep, StepTotals
 from lensmini.data.balance import PlanReport
 from lensmini.data.buckets import (
     LENS_1440_BUCKETS,
@@ -10,6 +10,7 @@ from lensmini.data.buckets import (
     assign_buckets,
     make_buckets,
 )
+from lensmini.data.collate import PackedBatch, Sample, collate_samples, loss_weights
 from lensmini.data.index import SampleIndex
 from lensmini.data.permute import permute, permute_windows
 from lensmini.data.plan import BatchPlan
@@ -72,22 +73,27 @@ __all__ = [
     "BucketBatchSampler",
     "FoundObject",
     "KindScore",
+    "PackedBatch",
     "Pattern",
     "PlanReport",
     "PlannedStep",
     "Question",
+    "Sample",
     "SampleIndex",
     "Scene",
     "SceneObject",
     "ScenePrompt",
     "SceneReading",
+    "StepTotals",
     "SuiteScore",
     "VerdictReport",
     "assign_buckets",
     "build_scene_prompts",
     "chance_score",
+    "collate_samples",
     "crop_fraction",
     "describe_scene",
+    "loss_weights",
     "make_buckets",
     "permute",
     "permute_windows",

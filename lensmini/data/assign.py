@@ -7,11 +7,28 @@ sample next, into the slot of least FLOPs that has room under a cap on tokens.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PlannedStep", "always_fits", "assign_slots"]
+__all__ = ["PlannedStep", "StepTotals", "always_fits", "assign_slots"]
+
+
+class StepTotals(NamedTuple):
+    """What a whole step holds, over all slots and so over all ranks: what its losses are normalised by.
+
+    Example:
+        >>> StepTotals(images=2, image_tokens=80, text_tokens=9).image_tokens
+        80
+    """
+
+    images: int
+    """Number of samples."""
+    image_tokens: int
+    """Image tokens of all samples."""
+    text_tokens: int
+    """Text tokens of all samples, as far as the plan knows them; dropped texts count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,21 @@ class PlannedStep:
     def slot(self, index: int) -> NDArray[np.int64]:
         """Samples of one slot."""
         return self.samples[self.offsets[index] : self.offsets[index + 1]]
+
+    def repeats(self, index: int) -> NDArray[np.int64]:
+        """How often each sample of a slot came before in this step; zeros, unless its bucket is smaller than its part.
+
+        With the seed, the step and the sample number it names a sample's own noise and time.
+
+        Example:
+            >>> PlannedStep(0, np.array([7, 3, 7, 5, 7]), np.array([0, 2, 5])).repeats(1).tolist()
+            [1, 0, 2]
+        """
+        order = np.argsort(self.samples, kind="stable")
+        ordered = self.samples[order]
+        counts = np.empty(len(order), np.int64)
+        counts[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        return counts[self.offsets[index] : self.offsets[index + 1]]
 
     def share(self, rank: int, world_size: int) -> list[NDArray[np.int64]]:
         """Micro-batches of one rank, in order: micro-step m is slot ``m * world_size + rank``."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lensmini.cost import ModelSize, train_flops
-from lensmini.data.assign import PlannedStep, always_fits, assign_slots
+from lensmini.data.assign import PlannedStep, StepTotals, always_fits, assign_slots
 from lensmini.data.balance import PlanReport, measure_steps
 from lensmini.data.exposure import Schedule, bucket_shares, make_schedule
 from lensmini.data.permute import derive_key, permute, permute_windows
@@ -187,6 +187,11 @@ class BatchPlan:
                 f"text_lengths: expected 0 to text_tokens = {self.text_tokens}, got {text.min()} to {text.max()}"
             )
         return image, text
+
+    def totals(self, step: PlannedStep) -> StepTotals:
+        """What a step holds in all; every rank computes it alike, without communication."""
+        image, text = self.lengths(step.samples)
+        return StepTotals(len(image), int(image.sum()), int(text.sum()))
 
     def costs(self, image_tokens: NDArray[np.int64], text_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """What slots are balanced by: FLOPs of a training step, or tokens if there is no model."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -86,13 +86,15 @@ def test_an_image_of_the_buckets_size_is_kept(dtype, crop):
     assert torch.equal(resize_and_crop(image, Bucket(24, 40), crop=crop, generator=torch.Generator()), image)
 
 
+@example(8, 86, 60, 61, torch.float32)
 @given(SIDES, SIDES, SIDES, SIDES, st.sampled_from([torch.uint8, torch.float32]))
 def test_a_mirrored_image_gives_the_mirrored_result_up_to_an_odd_pixel(height, width, to_height, to_width, dtype):
     image, bucket = picture(height, width, dtype=dtype), Bucket(to_height, to_width)
     scale = max(to_height / height, to_width / width)
     if (round(width * scale) - to_width) % 2 == 0:
         one, other = (resize_and_crop(x, bucket).double() for x in (image, image.flip(2)))
-        assert (one - other.flip(2)).abs().max() <= (1 if dtype == torch.uint8 else 1e-5)
+        # torch places the samples in float32: a part in 8 million of the scaled width, in pixels.
+        assert (one - other.flip(2)).abs().max() <= (1 if dtype == torch.uint8 else 1e-4)
 
 
 def test_random_windows_reach_every_place_and_repeat_by_seed():

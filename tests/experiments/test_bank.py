@@ -44,21 +44,19 @@ def make_bank(seed: int, num_pictures: int, folder: Path, *, num_lengths: int = 
     return FeatureBank.load(folder)
 
 
-def batches(bank: FeatureBank, world_size: int, *, seed: int, step: int, batch_size: int, group_size: int) -> list[Any]:
-    """What each process gets."""
-    drawn = [
-        bank.draw(
-            bank.groups(),
+def batches(bank: FeatureBank, *, seed: int, step: int, batch_size: int, num_slots: int) -> list[Batch]:
+    """The micro-batches of a step."""
+    planned = bank.plan(batch_size=batch_size, num_slots=num_slots, seed=seed).step(step)
+    return [
+        bank.collate(
+            planned.slot(slot).tolist(),
+            repeats=planned.repeats(slot).tolist(),
             seed=seed,
             step=step,
-            batch_size=batch_size,
-            group_size=group_size,
-            rank=rank,
-            world_size=world_size,
+            text_dropout=0.4,
         )
-        for rank in range(world_size)
+        for slot in range(num_slots)
     ]
-    return [(slots, bank.collate(slots, seed=seed, step=step, text_dropout=0.4)) for slots in drawn if slots]
 
 
 def samples(batch: Batch) -> set[tuple[Any, ...]]:
@@ -76,87 +74,75 @@ def samples(batch: Batch) -> set[tuple[Any, ...]]:
     return rows
 
 
-@given(seed=SEEDS, step=st.integers(0, 10**6), groups=st.integers(1, 5), group_size=st.integers(1, 4))
-def test_the_samples_of_a_step_do_not_depend_on_the_number_of_processes(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, step: int, groups: int, group_size: int
+@given(seed=SEEDS, step=st.integers(0, 10**6), slots=st.integers(1, 5), each=st.integers(1, 8))
+def test_a_sample_is_the_same_in_any_company(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, step: int, slots: int, each: int
 ) -> None:
     bank = make_bank(seed, 20, tmp_path_factory.mktemp("bank"))
-    sizes = {"seed": seed, "step": step, "batch_size": groups * group_size, "group_size": group_size}
-    ((slots, batch),) = batches(bank, 1, **sizes)
-    assert sorted(slot for slot, _ in slots) == list(range(groups * group_size))
-    whole = samples(batch)
-    assert len(whole) == groups * group_size
-    for world_size in (2, 3):
-        parts = batches(bank, world_size, **sizes)
-        assert sorted(slot for slots, _ in parts for slot, _ in slots) == list(range(groups * group_size))
-        assert set().union(*(samples(batch) for _, batch in parts)) == whole
+    parts = batches(bank, seed=seed, step=step, batch_size=slots * each, num_slots=slots)
+    together = [row for part in parts for row in samples(part)]
+    # All of them in one batch, and each alone.
+    counts: Counter[int] = Counter()
+    keys = []
+    for picture in sorted(picture for part in parts for picture in part.pictures):
+        keys.append((picture, counts[picture]))
+        counts[picture] += 1
+    pictures, repeats = [picture for picture, _ in keys], [repeat for _, repeat in keys]
+    options = {"seed": seed, "step": step, "text_dropout": 0.4}
+    assert samples(bank.collate(pictures, repeats=repeats, **options)) == set(together)
+    assert len(set(together)) == slots * each
+    for picture, repeat in keys[:3]:
+        assert samples(bank.collate([picture], repeats=[repeat], **options)) <= set(together)
 
 
 def test_a_batch_depends_on_seed_and_step_and_on_nothing_else(folder: Path) -> None:
     bank = make_bank(0, 30, folder)
-    sizes = {"batch_size": 12, "group_size": 3}
-    ((_, first),) = batches(bank, 1, seed=3, step=7, **sizes)
+    sizes = {"batch_size": 12, "num_slots": 1}
+    (first,) = batches(bank, seed=3, step=7, **sizes)
     torch.manual_seed(99)
-    batches(bank, 1, seed=3, step=8, **sizes)
-    ((_, again),) = batches(FeatureBank.load(folder), 1, seed=3, step=7, **sizes)
+    batches(bank, seed=3, step=8, **sizes)
+    (again,) = batches(FeatureBank.load(folder), seed=3, step=7, **sizes)
     for one, other in zip(first, again, strict=True):
         if isinstance(one, Tensor):
             assert torch.equal(one, other)
     assert first.pictures == again.pictures
     for seed, step in ((4, 7), (3, 8), (7, 3)):
-        ((_, other),) = batches(bank, 1, seed=seed, step=step, **sizes)
+        (other,) = batches(bank, seed=seed, step=step, **sizes)
         assert not samples(first) & samples(other)
         assert not set(first.normal.tolist()) & set(other.normal.tolist())
         assert not set(first.noise.flatten().tolist()) & set(other.noise.flatten().tolist())
 
 
-@pytest.mark.parametrize(("num_lengths", "group_size"), [(1, 4), (6, 4), (12, 4), (3, 1)])
-def test_every_picture_is_drawn_equally_often(folder: Path, num_lengths: int, group_size: int) -> None:
-    bank = make_bank(1, 40, folder, num_lengths=num_lengths)
-    groups, counts, steps = bank.groups(), Counter(), 4000
-    if num_lengths > 3:
-        sizes = [len(members) for members in groups.values()]
-        assert min(sizes) < group_size, "some shapes are rare"
-    for step in range(steps):
-        for _, picture in bank.draw(
-            groups, seed=5, step=step, batch_size=group_size, group_size=group_size, rank=0, world_size=1
-        ):
-            counts[picture] += 1
-    expected = steps * group_size / 40
-    # Pictures of a group come together: the statistic is spread at most group_size times as far as for single draws.
-    statistic = sum((counts[picture] - expected) ** 2 / expected for picture in range(40)) / group_size
-    assert statistic < 39 + 5 * (2 * 39) ** 0.5
-    assert sum(counts.values()) == steps * group_size
+@pytest.mark.parametrize("mode", ["packed", "bucket"])
+def test_every_picture_comes_once_an_epoch(folder: Path, mode: Any) -> None:
+    bank = make_bank(1, 40, folder, num_lengths=6)
+    plan = bank.plan(batch_size=4, num_slots=4, mode=mode, seed=5)
+    for epoch in range(3):
+        steps = [plan.step(k).samples for k in range(10 * epoch, 10 * epoch + 10)]
+        assert sorted(number for samples in steps for number in samples.tolist()) == list(range(40))
 
 
-def test_a_group_holds_one_shape_and_no_picture_twice_among_the_filled_up(folder: Path) -> None:
-    bank = make_bank(2, 60, folder, num_lengths=1)
-    groups = bank.groups()
-    assert min(len(members) for members in groups.values()) >= 4
-    shape_of = {picture: shape for shape, members in groups.items() for picture in members}
-    for step in range(50):
-        slots = bank.draw(groups, seed=0, step=step, batch_size=16, group_size=4, rank=0, world_size=1)
-        for start in range(0, 16, 4):
-            pictures = [picture for _, picture in slots[start : start + 4]]
-            assert len({shape_of[picture] for picture in pictures}) == 1
-            assert len(set(pictures[1:])) == 3
-
-
-def test_a_bank_smaller_than_a_group_still_fills_the_batch(folder: Path) -> None:
+def test_a_bank_smaller_than_a_step_repeats_pictures_with_other_noise(folder: Path) -> None:
     bank = make_bank(3, 2, folder)
-    slots = bank.draw(bank.groups(), seed=0, step=0, batch_size=8, group_size=4, rank=0, world_size=1)
-    assert [slot for slot, _ in slots] == list(range(8))
-    assert {picture for _, picture in slots} <= {0, 1}
+    (batch,) = batches(bank, seed=0, step=0, batch_size=8, num_slots=1)
+    assert set(batch.pictures) == {0, 1}
+    assert len(set(batch.normal.tolist())) == 8
 
 
-def test_groups_are_the_pictures_of_one_grid_and_text_length(folder: Path) -> None:
+def test_the_plans_buckets_are_the_banks_grids_and_its_lengths_the_banks_texts(folder: Path) -> None:
     texts, pictures = make_parts(4, 30)
-    groups = make_bank(4, 30, folder).groups()
-    assert sorted(index for members in groups.values() for index in members) == list(range(30))
-    for (height, width, length), members in groups.items():
-        for index in members:
-            caption, latent = pictures[index]
-            assert (latent.shape[1], latent.shape[2], len(texts[caption])) == (height, width, length)
+    bank = make_bank(4, 30, folder)
+    plan = bank.plan(batch_size=6, num_slots=2, seed=0)
+    grids = sorted(tuple(latent.shape[1:]) for _, latent in pictures)
+    assert [tuple(grid) for grid in bank.grids.tolist()] == grids
+    image, text = plan.lengths(torch.arange(30).numpy())
+    assert image.tolist() == [height * width for height, width in grids]
+    assert text.tolist() == [len(bank.text_of(picture)) for picture in range(30)]
+    assert sorted(text.tolist()) == sorted(len(texts[caption]) for caption, _ in pictures)
+    for grid, members in bank.by_grid().items():
+        assert members == [index for index, other in enumerate(grids) if other == grid]
+    step = plan.step(0)
+    assert plan.totals(step) == (6, sum(image[step.samples]), sum(text[step.samples]))
 
 
 @given(seed=SEEDS, num=st.integers(1, 12))
@@ -164,8 +150,9 @@ def test_collate_lays_out_each_pictures_own_latents_and_text(
     tmp_path_factory: pytest.TempPathFactory, seed: int, num: int
 ) -> None:
     texts, pictures = make_parts(seed, num)
+    pictures.sort(key=lambda picture: tuple(picture[1].shape[1:]))
     bank = make_bank(seed, num, tmp_path_factory.mktemp("bank"))
-    batch = bank.collate([(index, index) for index in range(num)], seed=seed, step=0, text_dropout=0.0)
+    batch = bank.collate(range(num), seed=seed, step=0, text_dropout=0.0)
     assert bank.num_pictures == num
     assert sorted(batch.pictures) == list(range(num))
     assert batch.image_tokens.dtype == batch.noise.dtype == batch.normal.dtype == torch.float32
@@ -188,7 +175,7 @@ def test_collate_lays_out_each_pictures_own_latents_and_text(
 
 def test_equal_shapes_are_neighbours_in_a_batch(folder: Path) -> None:
     bank = make_bank(5, 40, folder)
-    batch = bank.collate([(index, index) for index in range(40)], seed=0, step=0, text_dropout=0.3)
+    batch = bank.collate(range(40), seed=0, step=0, text_dropout=0.3)
     grids = [tuple(grid) for grid in batch.layout.grids.tolist()]
     shapes = list(zip(grids, batch.layout.text_lengths, strict=True))
     changes = sum(one != other for one, other in itertools.pairwise(shapes))
@@ -197,8 +184,7 @@ def test_equal_shapes_are_neighbours_in_a_batch(folder: Path) -> None:
 
 def test_dropped_text_is_no_text_and_changes_nothing_else(folder: Path) -> None:
     bank = make_bank(6, 20, folder)
-    slots = [(index, index) for index in range(20)]
-    kept, dropped = (bank.collate(slots, seed=1, step=2, text_dropout=share) for share in (0.0, 1.0))
+    kept, dropped = (bank.collate(range(20), seed=1, step=2, text_dropout=share) for share in (0.0, 1.0))
     assert all(length > 0 for length in kept.layout.text_lengths)
     assert dropped.layout.text_lengths == (0,) * 20
     assert dropped.text_tokens.shape == (0, LAYERS, WIDTH)
@@ -207,19 +193,16 @@ def test_dropped_text_is_no_text_and_changes_nothing_else(folder: Path) -> None:
 
 def test_text_is_dropped_as_often_as_asked(folder: Path) -> None:
     bank = make_bank(7, 10, folder)
-    slots = [(slot, slot % 10) for slot in range(100)]
-    num = sum(
-        bank.collate(slots, seed=0, step=step, text_dropout=0.1).layout.text_lengths.count(0) for step in range(40)
-    )
+    pictures, repeats = [index % 10 for index in range(100)], [index // 10 for index in range(100)]
+    drawn = [bank.collate(pictures, repeats=repeats, seed=0, step=step, text_dropout=0.1) for step in range(40)]
+    num = sum(batch.layout.text_lengths.count(0) for batch in drawn)
     assert abs(num - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5
 
 
 def test_noise_and_time_numbers_are_standard_normal(folder: Path) -> None:
     bank = make_bank(8, 10, folder)
-    drawn = [
-        bank.collate([(slot, slot % 10) for slot in range(100)], seed=0, step=step, text_dropout=0.5)
-        for step in range(40)
-    ]
+    pictures, repeats = [index % 10 for index in range(100)], [index // 10 for index in range(100)]
+    drawn = [bank.collate(pictures, repeats=repeats, seed=0, step=step, text_dropout=0.5) for step in range(40)]
     for numbers in (torch.cat([batch.normal for batch in drawn]), torch.cat([batch.noise for batch in drawn])):
         values = numbers.flatten().double()
         assert values.mean().abs() < 5 / len(values) ** 0.5

@@ -104,7 +104,7 @@ def world(root: Path) -> Miniature:
 
 
 def folder_config(path: Path, **options: object) -> FolderConfig:
-    settings = {"path": path, "side": SIDE, "batch_size": 4, "group_size": 2, "held_out_share": 0.1, **options}
+    settings = {"path": path, "side": SIDE, "batch_size": 4, "held_out_share": 0.1, **options}
     return FolderConfig(**settings)  # pyright: ignore[reportArgumentType]
 
 

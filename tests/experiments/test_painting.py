@@ -92,7 +92,7 @@ def test_a_sample_whose_text_was_dropped_is_the_published_blank_prompt() -> None
         bank = FeatureBank(text, starts[0], latents, starts[1], grid, torch.tensor([0]))
         times = tensors["inputs_seen.timestep"][step][:1]
         for half, dropout in enumerate((0.0, 1.0)):
-            batch = bank.collate([(0, 0)], seed=0, step=step, text_dropout=dropout)
+            batch = bank.collate([0], seed=0, step=step, text_dropout=dropout)
             with torch.no_grad():
                 velocity = model.forward_packed(batch.image_tokens, times, batch.text_tokens, batch.layout)
             assert error(velocity, tensors[f"outputs.model_output.{step}"][half]) < 3e-5  # pyright: ignore

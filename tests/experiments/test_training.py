@@ -22,6 +22,8 @@ from experiments.training import (
     learning_rate_factor,
     read_run,
 )
+from lensmini.data import loss_weights
+from lensmini.data.collate import Weighting
 from lensmini.nn import LensConfig
 from lensmini.parallel import Group, run_processes
 
@@ -331,34 +333,35 @@ def test_a_run_goes_on_only_with_the_settings_that_decide_its_numbers(tmp_path: 
         check_same_run(tmp_path, {**config, "optim": {"lr": 1e-3, "eps": 1}})
 
 
+WEIGHTINGS: tuple[Weighting, ...] = ("per_image", "per_token")
+
+
 def make_gradients(group: Group, folder: Path) -> None:
-    """The gradient of global batches of which the processes get equal and unequal parts."""
+    """The gradients of two steps of which the processes get unequal numbers of images, for both weightings."""
     torch.set_num_threads(1)
     bank = FeatureBank.load(folder)
+    plan = bank.plan(batch_size=12, num_slots=2, seed=0)
     state = TrainingState(MODEL, ADAM, seed=0)
     randomise(state.model, 3)
     found = {}
-    for batch_size in (8, 12):
-        slots = bank.draw(
-            bank.groups(),
-            seed=0,
-            step=batch_size,
-            batch_size=batch_size,
-            group_size=4,
-            rank=group.rank,
-            world_size=group.world_size,
-        )
-        batch = bank.collate(slots, seed=0, step=batch_size, text_dropout=0.3)
-        # What an earlier step left there must not stay where a parameter gets no gradient.
-        state.flat.fill_(7.0)
-        losses = per_sample_loss(state, batch, sample_times(batch, ADAM))
-        (losses.sum() / batch_size).backward()
-        found[f"{batch_size}.numbers"] = torch.tensor(
-            state.collect(group, [losses.sum().item(), float(len(losses)), 1.0])
-        )
-        names = [name for name, _ in state.model.named_parameters()]
-        found |= {f"{batch_size}.{name}": grad.clone() for name, grad in zip(names, state.grads, strict=True)}
-        assert all(parameter.grad is None for parameter in state.compute.parameters())
+    for step in (plan.step(0), plan.step(1)):
+        for weighting in WEIGHTINGS:
+            # What an earlier step left there must not stay where a parameter gets no gradient.
+            state.flat.fill_(7.0)
+            images, loss = 0, 0.0
+            for slot in range(group.rank, plan.num_slots, group.world_size):
+                pictures, repeats = step.slot(slot).tolist(), step.repeats(slot).tolist()
+                batch = bank.collate(pictures, repeats=repeats, seed=0, step=step.step, text_dropout=0.3)
+                weights = loss_weights(batch.layout, plan.totals(step), weighting)
+                part = (weights * per_sample_loss(state, batch, sample_times(batch, ADAM))).sum()
+                part.backward()
+                images, loss = images + len(pictures), loss + part.item()
+            name = f"{step.step}.{weighting}"
+            found[f"{name}.numbers"] = torch.tensor(state.collect(group, [loss, float(images), 1.0]))
+            found[f"{name}.images"] = torch.tensor(group.gather(images))
+            names = [name for name, _ in state.model.named_parameters()]
+            found |= {f"{name}.{key}": grad.clone() for key, grad in zip(names, state.grads, strict=True)}
+            assert all(parameter.grad is None for parameter in state.compute.parameters())
     muon = TrainingState(MODEL, MUON, seed=0, group=group)
     for step in range(2):
         fill_gradient(muon, step)
@@ -370,8 +373,9 @@ def make_gradients(group: Group, folder: Path) -> None:
 def test_two_processes_have_the_gradient_and_the_update_of_one(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randn(length, 2, 6, generator=generator) for length in (3, 5, 2)]
-    grids = [(2, 2), (1, 3), (2, 3)]
-    pictures = [(index % 3, torch.randn(8, *grids[index % 2], generator=generator)) for index in range(30)]
+    # Few large pictures among small ones: equal work is unequal numbers of images.
+    grids = [(1, 2), (2, 1), (1, 1), (6, 5)]
+    pictures = [(index % 3, torch.randn(8, *grids[index % 4], generator=generator)) for index in range(40)]
     save_bank(tmp_path, texts, pictures, ["a", "b", "c"])
     make_gradients(Group(0, 1), tmp_path)
     run_processes(make_gradients, 2, tmp_path)
@@ -381,10 +385,12 @@ def test_two_processes_have_the_gradient_and_the_update_of_one(tmp_path: Path) -
     for name in start:
         one, both = whole.pop(f"muon.{name}") - start[name], first.pop(f"muon.{name}") - start[name]
         assert (one - both).norm() <= 0.05 * one.norm(), name
-    for batch_size in (8, 12):
-        numbers = first.pop(f"{batch_size}.numbers"), whole.pop(f"{batch_size}.numbers")
-        assert numbers[0].tolist()[1:] == [batch_size, 2.0] and numbers[1].tolist()[1:] == [batch_size, 1.0]
+    for name in (f"{step}.{weighting}" for step in (0, 1) for weighting in WEIGHTINGS):
+        numbers = first.pop(f"{name}.numbers"), whole.pop(f"{name}.numbers")
+        assert numbers[0].tolist()[1:] == [12, 2.0] and numbers[1].tolist()[1:] == [12, 1.0]
         assert numbers[0][0] == pytest.approx(numbers[1][0].item(), rel=1e-6)
+        parts = first.pop(f"{name}.images").tolist()
+        assert sum(parts) == whole.pop(f"{name}.images").item() == 12 and parts[0] != parts[1]
     assert whole.keys() == first.keys()
     moved = 0
     for name, gradient in whole.items():
@@ -392,13 +398,15 @@ def test_two_processes_have_the_gradient_and_the_update_of_one(tmp_path: Path) -
         moved += bool(largest > 0)
         assert (first[name] - gradient).abs().max() <= 1e-6 * largest, name
     assert moved > 0.8 * len(whole), "the comparison is not one of zeros"
+    one, other = (whole[f"0.{weighting}.img_in.weight"] for weighting in WEIGHTINGS)
+    assert (one - other).abs().max() > 1e-2 * one.abs().max(), "the weightings differ"
 
 
 def test_times_follow_the_logit_normal_law(tmp_path: Path) -> None:
     pictures = [(0, torch.zeros(8, 16, 16)), (0, torch.zeros(8, 64, 64))]
     save_bank(tmp_path, [torch.zeros(1, 2, 6)], pictures, ["a"])
     bank = FeatureBank.load(tmp_path)
-    batch = bank.collate([(0, 0), (1, 1)], seed=0, step=0, text_dropout=0.0)
+    batch = bank.collate([0, 1], seed=0, step=0, text_dropout=0.0)
     tokens = torch.tensor(batch.layout.image_lengths, dtype=torch.float64)
     normal = batch.normal.double()
     mu = 1.0 + 0.3 * (tokens - 256) / (4096 - 256)

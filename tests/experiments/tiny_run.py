@@ -41,7 +41,7 @@ MODEL = LensConfig(
     selected_layer_index=(0, 1),
 )
 SCENES = SceneConfig(
-    num_captions=30, pictures_per_caption=2, num_held_out=5, batch_size=8, group_size=2, canvases=((16, 16), (16, 24))
+    num_captions=30, pictures_per_caption=2, num_held_out=5, batch_size=8, canvases=((16, 16), (16, 24))
 )
 PLACES = ("update", "row", "file", "before-name", "after-name", "clean")
 """Before a step's update; within a row of the metrics; after a file of a checkpoint; around the rename that makes it

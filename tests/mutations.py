@@ -494,6 +494,49 @@ MUTATIONS = [
         "* 127.5).round().to(torch.uint8)",
         ("tests/nn/test_autoencoder.py::test_quantising_truncates_and_clamps",),
     ),
+    # The order of samples
+    Mutation(
+        "weights of the micro-batch",
+        "data/collate.py",
+        "1 / totals.images",
+        "1 / layout.batch_size",
+        ("tests/data/test_collate.py",),
+    ),
+    Mutation(
+        "token weights of images",
+        "data/collate.py",
+        "lengths / totals.image_tokens",
+        "lengths / lengths.sum()",
+        ("tests/data/test_collate.py",),
+    ),
+    Mutation(
+        "the same order every epoch",
+        "data/plan.py",
+        "self._shuffle(here, size, derive_key(key, epoch))",
+        "self._shuffle(here, size, derive_key(key, 0))",
+        ("tests/data/test_plan.py",),
+    ),
+    Mutation(
+        "ranks take slots from the end",
+        "data/assign.py",
+        "range(rank, len(self.offsets) - 1, world_size)",
+        "range(world_size - 1 - rank, len(self.offsets) - 1, world_size)",
+        ("tests/data/test_sampler.py", "tests/data/test_plan.py"),
+    ),
+    Mutation(
+        "repeats are not told apart",
+        "data/assign.py",
+        "np.arange(len(order)) - np.searchsorted(ordered, ordered)",
+        "np.zeros(len(order), np.int64)",
+        ("tests/data/test_collate.py",),
+    ),
+    Mutation(
+        "the cap is one token too large",
+        "data/assign.py",
+        "room[heap[0][1]] < size:",
+        "room[heap[0][1]] < size - 1:",
+        ("tests/data/test_plan.py", "tests/data/test_assign.py"),
+    ),
 ]
 
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import lensmini
 from lensmini import averaging, packed, paths, sampling, segments
+from lensmini.data.assign import StepTotals
 from lensmini.data.buckets import Bucket
+from lensmini.data.collate import loss_weights
 from lensmini.data.transforms import resize_and_crop
 from lensmini.nn import (
     attention,
@@ -657,9 +659,17 @@ ENTRIES = [
         "shared",
         eager_only="prepares data with exact fractions",
     ),
+    Entry(
+        loss_weights,
+        plain(lambda _, layout: loss_weights(layout, StepTotals(50, 9000, 0), "per_token")),
+        outputs="sample",
+        dtype=fixed(torch.float32),
+    ),
 ]
 
 EXCLUDED = {
+    "lensmini.data.collate.PackedBatch": "a record of tensors; tests/data/test_collate.py",
+    "lensmini.data.collate.Sample": "a record of tensors without operations",
     "lensmini.shapes.check_shape": "returns sizes, no tensor",
     "lensmini.paths.check_same_shape": "returns nothing",
     "lensmini.paths.check_time_range": "returns nothing",

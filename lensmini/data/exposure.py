@@ -26,6 +26,9 @@ from fractions import Fraction
 from math import lcm
 from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 __all__ = ["Schedule", "bucket_shares", "make_schedule"]
 
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
@@ -67,6 +70,24 @@ class Schedule:
             count[left] = (2 * count[parent] * part + weight) // (2 * weight)
             count[right] = count[parent] - count[left]
         return count[: self.num_buckets]
+
+    def counts_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """:meth:`counts` before the steps from ``start`` to ``stop``, both included: ``[stop - start + 1, buckets]``."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"start, stop: expected 0 <= start <= stop, got {start}, {stop}")
+        total = self.fan[-1][1]
+        if 2 * total * (stop * self.units + 1) >= 2**63:
+            return np.array([self.counts(step) for step in range(start, stop + 1)])
+        drawn = np.arange(start, stop + 1) * self.units
+        count = np.zeros((self.num_buckets + len(self.splits), len(drawn)), np.int64)
+        previous = np.zeros(len(drawn), np.int64)
+        for node, cumulative in self.fan:
+            edge = (2 * cumulative * drawn + total) // (2 * total)
+            count[node], previous = edge - previous, edge
+        for parent, left, right, part, weight in self.splits:
+            count[left] = (2 * part * count[parent] + weight) // (2 * weight)
+            count[right] = count[parent] - count[left]
+        return count[: self.num_buckets].T
 
     def extremes(self) -> tuple[list[int], list[int]]:
         """Fewest and most units of each bucket in one step, over all steps (bounds, not always attained)."""

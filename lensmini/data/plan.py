@@ -143,7 +143,7 @@ class BatchPlan:
         """
         if not 0 <= start < stop:
             raise ValueError(f"start, stop: expected 0 <= start < stop, got {start}, {stop}")
-        counts = np.array([self.schedule.counts(step) for step in range(start, stop + 1)])
+        counts = self.schedule.counts_between(start, stop)
         drawn = np.diff(counts, axis=0)
         if self.mode == "same_bucket":
             buckets = np.repeat(drawn.argmax(1), self.num_slots)

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -30,6 +31,18 @@ def test_counts_add_up_never_fall_and_stay_in_their_extremes(rates, units, start
         assert all(0 <= low <= count <= high for low, count, high in zip(least, drawn, most, strict=True))
         assert all(count == 0 for count, rate in zip(after, rates, strict=True) if rate == 0)
         before = after
+
+
+@given(RATES, st.integers(1, 200), st.integers(0, 10**14), st.integers(0, 5), st.data())
+@example([10**9, 1], 200, 2**53 // 200, 3, None)
+def test_many_steps_at_once_are_the_steps_one_by_one(rates, units, start, more, data):
+    sources = None if data is None else data.draw(st.lists(st.integers(0, 3), min_size=len(rates), max_size=len(rates)))
+    schedule = make_schedule(rates, units, sources=sources)
+    found = schedule.counts_between(start, start + more)
+    assert found.dtype == np.int64
+    assert found.tolist() == [schedule.counts(step) for step in range(start, start + more + 1)]
+    with pytest.raises(ValueError, match="start, stop"):
+        schedule.counts_between(start + 1, start)
 
 
 @given(RATES, st.integers(1, 200), st.lists(st.integers(0, 10**12), min_size=1, max_size=8), st.data())

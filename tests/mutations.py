@@ -537,6 +537,20 @@ MUTATIONS = [
         "room[heap[0][1]] < size - 1:",
         ("tests/data/test_plan.py", "tests/data/test_assign.py"),
     ),
+    Mutation(
+        "exchanges forget the cap",
+        "data/exchange.py",
+        "gain[(held[light] + size > max_tokens) | (held[heavy] - size > max_tokens)] = 0",
+        "pass",
+        ("tests/data/test_exchange.py",),
+    ),
+    Mutation(
+        "exchanges move the whole difference",
+        "data/exchange.py",
+        "np.minimum(cost, loads[heavy] - loads[light] - cost)",
+        "cost",
+        ("tests/data/test_exchange.py",),
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The slots of a step, and mixed shapes dealt to them so that all finish together.
+"""The slots of a step, and mixed shapes dealt to them so that all finish together (evened out in ``exchange.py``).
 
 Axes: n samples of a step, s slots. Longest processing time first (Graham 1969): the largest
 sample next, into the slot of least FLOPs that has room under a cap on tokens.

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from lensmini.cost import ModelSize, train_flops
 from lensmini.data.assign import PlannedStep, StepTotals, always_fits, assign_slots
 from lensmini.data.balance import PlanReport, measure_steps
+from lensmini.data.exchange import even_out
 from lensmini.data.exposure import Schedule, bucket_shares, make_schedule
 from lensmini.data.permute import derive_key, permute, permute_windows
 
@@ -31,7 +32,7 @@ __all__ = ["BatchPlan"]
 Mode = Literal["bucket", "packed", "same_bucket"]
 
 # Changes whenever the same arguments would give another order, so that an old checkpoint is told apart.
-_ORDER_VERSION = 1
+_ORDER_VERSION = 2
 _STREAM, _SLOTS = 1, 2
 # One call with a key for every sample costs as much as a few calls with one key each.
 _LOOPED_EPOCHS = 4
@@ -273,7 +274,9 @@ class BatchPlan:
         offsets = [np.zeros(1, np.int64)]
         for begin in range(0, len(samples), units):
             part = slice(begin, begin + units)
-            order, ends = assign_slots((image + text)[part], costs[part], self.num_slots, self.max_tokens)
+            size, cost = (image + text)[part], costs[part]
+            order, ends = assign_slots(size, cost, self.num_slots, self.max_tokens)
+            order, ends = even_out(order, ends, size, cost, self.max_tokens)
             samples[part] = samples[part][order]
             offsets.append(begin + ends[1:])
         return samples, np.concatenate(offsets)

@@ -222,7 +222,7 @@ def test_packed_slots_are_balanced_as_the_published_mixes_allow(mix):
         sizes, mix, num_slots=128, seed=0, mode="packed", images_per_slot=8, text_tokens=400, text_lengths=text,
         model=MODEL,
     )  # fmt: skip
-    assert plan.report(8).balance >= 0.97
+    assert plan.report(8).balance >= 0.99
     plain = BatchPlan(sizes, mix, num_slots=128, seed=0, images_per_slot=8, model=MODEL)
     assert len(set(mix)) == 1 or plain.report(8).balance < 0.7
 

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lensmini-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help setup quickstart test test-slow lint format bench clean
+.PHONY: help setup quickstart test test-slow lint format bench peers clean
 
 help:
 	@echo "make setup       create $(VENV) and install the package with its extras"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       speed against peers"
+	@echo "make peers       create .venv-peers for benchmarks.plan_resume (6 GB: streaming's pins clash with ours)"
 
 setup: $(STAMP)
 
@@ -52,6 +53,10 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks.block
 	$(BIN)/python -m benchmarks.packing
+
+peers: setup
+	$(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -q mosaicml-streaming==0.13.0 webdataset==1.0.2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build

@@ -19,7 +19,7 @@ help:
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       speed against peers"
-	@echo "make peers       create .venv-peers for benchmarks.plan_resume (6 GB: streaming's pins clash with ours)"
+	@echo "make peers       create .venv-peers for two benchmarks (6 GB: streaming's pins clash with ours)"
 
 setup: $(STAMP)
 
@@ -53,6 +53,11 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks.block
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.plan_build
+	$(BIN)/python -m benchmarks.plan_assign
+	$(BIN)/python -m benchmarks.plan_seek
+	$(BIN)/python -m benchmarks.plan_balance
+	$(BIN)/python -m benchmarks.plan_resume
 
 peers: setup
 	$(BIN)/python -m venv .venv-peers

@@ -143,7 +143,7 @@ def mini() -> PretrainConfig:
             time_mu=1.8,
             init_gate=0.1,
         ),
-        run=RunConfig(out=Path("runs/mini"), steps=1600, checkpoint_every=400, sample_every=400, processes=2),
+        run=RunConfig(out=Path("runs/mini"), steps=1750, checkpoint_every=400, sample_every=400, processes=2),
     )
 
 

@@ -7,6 +7,7 @@ pure function of (seed, step): a :class:`BatchPlan` says which pictures, and thr
 and text dropout.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ __all__ = ["Batch", "FeatureBank", "random_stream", "save_bank"]
 
 
 class Batch(NamedTuple):
-    """Samples of one process and step, packed, with their own random numbers."""
+    """Samples of one slot of a step, packed, with their own random numbers."""
 
     image_tokens: Tensor
     """``[N, c]`` float32 clean latents."""
@@ -73,7 +74,10 @@ def save_bank(
         "grids": torch.tensor(grids),
         "caption_of": torch.tensor([caption for caption, _ in pictures]),
     }
-    save_file(tensors, directory / "bank.safetensors")
+    file = directory / "bank.safetensors"
+    save_file(tensors, file)
+    with file.open("rb") as stream:
+        (directory / "sha256.txt").write_text(hashlib.file_digest(stream, "sha256").hexdigest() + "\n")
     (directory / "captions.txt").write_text("\n".join(caption.replace("\n", " ") for caption in captions) + "\n")
 
 
@@ -87,16 +91,20 @@ class FeatureBank:
     latent_starts: Tensor
     grids: Tensor
     caption_of: Tensor
+    digest: str = ""
+    """Hash of the file, made when it was written."""
 
     @classmethod
     def load(cls, directory: Path) -> "FeatureBank":
         """Map a bank written by :func:`save_bank` into memory."""
         tensors = load_file(Path(directory) / "bank.safetensors")
+        digest = (Path(directory) / "sha256.txt").read_text().strip()
         starts = [
             torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
             for lengths in (tensors["text_lengths"], tensors["grids"].prod(1))
         ]
-        return cls(tensors["text"], starts[0], tensors["latents"], starts[1], tensors["grids"], tensors["caption_of"])
+        latents, grids = tensors["latents"], tensors["grids"]
+        return cls(tensors["text"], starts[0], latents, starts[1], grids, tensors["caption_of"], digest)
 
     @property
     def num_pictures(self) -> int:
@@ -124,7 +132,12 @@ class FeatureBank:
             mode: how they are filled (:class:`BatchPlan`).
             seed: of the order.
             model: sizes that FLOPs are counted for.
+
+        Raises:
+            ValueError: if ``num_slots`` does not divide ``batch_size``.
         """
+        if num_slots < 1 or batch_size % num_slots:
+            raise ValueError(f"batch_size: expected a multiple of num_slots = {num_slots}, got {batch_size}")
         grids, sizes = torch.unique_consecutive(self.grids, dim=0, return_counts=True)
         lengths = self.text_lengths.numpy()
         return BatchPlan(
@@ -138,6 +151,10 @@ class FeatureBank:
             text_lengths=lengths,
             model=model,
         )
+
+    def order_id(self, plan: BatchPlan) -> str:
+        """What a checkpoint keeps of the order of samples: the plan's fingerprint and that of the samples themselves."""
+        return f"{plan.fingerprint()}-{self.digest[:16]}"
 
     def by_grid(self) -> dict[tuple[int, int], list[int]]:
         """Pictures by latent height and width."""

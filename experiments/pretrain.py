@@ -286,6 +286,7 @@ def train(group: Group, config: PretrainConfig) -> None:
                 weights = loss_weights(batch.layout, plan.totals(step), data.weighting)
                 part = (weights * per_sample_loss(state, batch, sample_times(batch, optim))).sum()
                 part.backward()
+                state.accumulate()
                 loss += part.item()
             loss, stopping, _ = state.collect(group, [loss, float(bool(stop)), 0.0])
             if not math.isfinite(loss):
@@ -306,7 +307,7 @@ def train(group: Group, config: PretrainConfig) -> None:
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 if stopping or done or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
-                    state.save(run.out, config, keep=run.keep_checkpoints, plan=plan.fingerprint())
+                    state.save(run.out, config, keep=run.keep_checkpoints, plan=bank.order_id(plan))
             if stopping:
                 break
     if group.rank == 0 and state.step == run.steps:
@@ -329,7 +330,7 @@ def main(config: PretrainConfig) -> None:
     world = prepare_miniature(config.miniature, config.run.out.parent)
     make_banks = scene_banks if isinstance(config.data, SceneConfig) else folder_banks
     bank, _ = make_banks(config.data, world, config.run.out)  # pyright: ignore[reportArgumentType]
-    check_same_run(config.run.out, config, make_plan(config, bank).fingerprint())
+    check_same_run(config.run.out, config, bank.order_id(make_plan(config, bank)))
     del world, bank
     run_processes(train, config.run.processes, config)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class SceneConfig:
     """Seed of scenes and captions."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size, self.num_slots, self.text_dropout)
+        _check(self.batch_size, self.num_slots, self.text_dropout, self.mode, self.weighting)
         if self.density not in ("dense", "brief", "mixed"):
             raise ValueError(f'density: expected "dense", "brief" or "mixed", got {self.density!r}')
 
@@ -99,7 +100,7 @@ class FolderConfig:
     """Share of pictures kept for the validation loss, at least one."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size, self.num_slots, self.text_dropout)
+        _check(self.batch_size, self.num_slots, self.text_dropout, self.mode, self.weighting)
         if self.min_samples < 2 or not 0 <= self.held_out_share <= 0.5:
             raise ValueError(
                 "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
@@ -113,9 +114,13 @@ class FolderConfig:
         return make_buckets(self.side, ratios=self.ratios, multiple=multiple, tolerance=0.13)
 
 
-def _check(batch_size: int, num_slots: int, text_dropout: float) -> None:
+def _check(batch_size: int, num_slots: int, text_dropout: float, mode: str, weighting: str) -> None:
     if batch_size < 1 or num_slots < 1 or batch_size % num_slots:
         raise ValueError(f"batch_size: expected a multiple of num_slots = {num_slots}, got {batch_size}")
+    if mode not in get_args(Mode) or weighting not in get_args(Weighting):
+        raise ValueError(
+            f"mode, weighting: expected one of {get_args(Mode)} and one of {get_args(Weighting)}, got {mode!r}, {weighting!r}"
+        )
     if not 0 <= text_dropout <= 1:
         raise ValueError(f"text_dropout: expected a share in [0, 1], got {text_dropout}")
 
@@ -130,7 +135,7 @@ def scene_banks(
             for name in ("num_captions", "pictures_per_caption", "canvases", "density", "wording")
         }
     }
-    key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key, "order": "by grid"}
+    key |= {"seed": config.seed, "num_held_out": config.num_held_out, "world": world.key, "version": 2}
 
     def make(directory: Path) -> None:
         for name, start, num in (("train", 0, config.num_captions), ("held_out", _HELD_OUT, config.num_held_out)):
@@ -243,7 +248,7 @@ def folder_banks(
     stamp = [(p.relative_to(config.path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     stamp += [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.path.rglob("*.txt"))]
     key = {"files": stamp, "side": config.side, "ratios": config.ratios, "world": world.key}
-    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 3}
+    key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 4}
 
     def make(directory: Path) -> None:
         buckets = config.buckets_for(world.autoencoder.downsample)

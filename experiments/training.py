@@ -107,25 +107,35 @@ class TrainingState:
         ]
         if hidden:
             self.optimizers.append(Muon(hidden, lr=optim.muon_lr, splits={"qkv.weight": 3}, group=group))
-        self.step = 0
+        self.step, self.accumulating = 0, False
 
     def refresh(self) -> None:
         """Copy the float32 weights into the low-precision copy."""
         if self.compute is not self.model:
             torch._foreach_copy_([p.data for p in self.compute.parameters()], [p.data for p in self.model.parameters()])  # pyright: ignore
 
-    def collect(self, group: Group, numbers: list[float]) -> list[float]:
-        """Move the gradients into the flat buffer and add it and the numbers up over all processes."""
-        with torch.no_grad():
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add a micro-batch's gradients to the flat buffer in float32, whatever they were computed in, and clear them.
+
+        The first call of a step starts from zero.
+        """
+        if not self.accumulating:
             self.flat.zero_()
-            pairs = [
-                (g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None
-            ]
-            torch._foreach_copy_([g for g, _ in pairs], [grad for _, grad in pairs])  # pyright: ignore
-            self.extra[: len(numbers)] = torch.tensor(numbers)
-            group.sum_(self.flat)
+            self.accumulating = True
+        pairs = [(g, p.grad) for g, p in zip(self.grads, self.compute.parameters(), strict=True) if p.grad is not None]
+        if pairs:
+            torch._foreach_add_([g for g, _ in pairs], [grad.to(g.dtype) for g, grad in pairs])  # pyright: ignore
         for parameter in self.compute.parameters():
             parameter.grad = None
+
+    @torch.no_grad()
+    def collect(self, group: Group, numbers: list[float]) -> list[float]:
+        """Accumulate what is left, and add gradients and numbers up over all processes; ends the step's gradient."""
+        self.accumulate()
+        self.accumulating = False
+        self.extra[: len(numbers)] = torch.tensor(numbers)
+        group.sum_(self.flat)
         return self.extra[: len(numbers)].tolist()
 
     @torch.no_grad()

@@ -48,7 +48,9 @@ class PlannedStep:
     """``[s + 1]``: slot i holds ``samples[offsets[i] : offsets[i + 1]]``."""
 
     def slot(self, index: int) -> NDArray[np.int64]:
-        """Samples of one slot."""
+        """Samples of one slot, counted from 0."""
+        if not 0 <= index < len(self.offsets) - 1:
+            raise ValueError(f"index: expected a slot from 0 to {len(self.offsets) - 2}, got {index}")
         return self.samples[self.offsets[index] : self.offsets[index + 1]]
 
     def repeats(self, index: int) -> NDArray[np.int64]:
@@ -67,7 +69,16 @@ class PlannedStep:
         return counts[self.offsets[index] : self.offsets[index + 1]]
 
     def share(self, rank: int, world_size: int) -> list[NDArray[np.int64]]:
-        """Micro-batches of one rank, in order: micro-step m is slot ``m * world_size + rank``."""
+        """Micro-batches of one rank, in order: micro-step m is slot ``m * world_size + rank``.
+
+        Raises:
+            ValueError: if the ranks would not get equally many, or there is no such rank.
+        """
+        if world_size < 1 or (len(self.offsets) - 1) % world_size or not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank, world_size: expected a divisor of {len(self.offsets) - 1} slots and a rank below it, "
+                f"got rank {rank} of {world_size}"
+            )
         return [self.slot(index) for index in range(rank, len(self.offsets) - 1, world_size)]
 
 

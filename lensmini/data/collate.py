@@ -103,6 +103,8 @@ def collate_samples(samples: Sequence[Sample]) -> PackedBatch:
         sizes["c"] = shape["c"]
         shape = check_shape(f"samples[{index}].text_tokens", row.text_tokens, "l k e", **sizes)
         sizes |= {"k": shape["k"], "e": shape["e"]}
+        if isinstance(row.number, float):
+            raise ValueError(f"samples[{index}].number: expected an integer, got {row.number!r}")
         for name in ("latents", "text_tokens"):
             found, first = getattr(row, name).dtype, getattr(rows[0], name).dtype
             if found != first:
@@ -112,7 +114,7 @@ def collate_samples(samples: Sequence[Sample]) -> PackedBatch:
         text_lengths=[row.text_tokens.shape[0] for row in rows],
     )
     return PackedBatch(
-        samples=torch.tensor([row.number for row in rows]),
+        samples=torch.tensor([int(row.number) for row in rows], dtype=torch.int64),
         image_tokens=pack([row.latents for row in rows]),
         text_tokens=torch.cat([row.text_tokens for row in rows]),
         layout=layout,

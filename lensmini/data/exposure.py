@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import TypeAlias
+from operator import index
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Schedule", "bucket_shares", "make_schedule"]
+__all__ = ["Schedule", "as_int", "bucket_shares", "make_schedule"]
 
 Tree: TypeAlias = "int | tuple[Tree, Tree]"
 
@@ -59,8 +60,7 @@ class Schedule:
 
     def counts(self, step: int) -> list[int]:
         """Units of each bucket before that step, exact for any step; they sum to ``step * units``."""
-        if step < 0:
-            raise ValueError(f"step: expected at least 0, got {step}")
+        step = as_int("step", step, least=0)
         count = [0] * (self.num_buckets + len(self.splits))
         total, previous = self.fan[-1][1], 0
         for node, cumulative in self.fan:
@@ -73,7 +73,8 @@ class Schedule:
 
     def counts_between(self, start: int, stop: int) -> NDArray[np.int64]:
         """:meth:`counts` before the steps from ``start`` to ``stop``, both included: ``[stop - start + 1, buckets]``."""
-        if not 0 <= start <= stop:
+        start, stop = as_int("start", start, least=0), as_int("stop", stop, least=0)
+        if start > stop:
             raise ValueError(f"start, stop: expected 0 <= start <= stop, got {start}, {stop}")
         total = self.fan[-1][1]
         if 2 * total * (stop * self.units + 1) >= 2**63:
@@ -107,6 +108,33 @@ class Schedule:
         return least[: self.num_buckets], most[: self.num_buckets]
 
 
+def as_int(name: str, value: Any, *, least: int) -> int:
+    """A Python integer, which never overflows, from any integer type.
+
+    Args:
+        name: what the value is, for the message.
+        value: int, numpy integer or whatever else counts as an integer.
+        least: smallest value allowed.
+
+    Returns:
+        The same number.
+
+    Raises:
+        ValueError: if it is no integer or less than ``least``.
+
+    Example:
+        >>> as_int("step", np.int64(3), least=0) * 10**30 == 3 * 10**30
+        True
+    """
+    try:
+        number = index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
 def make_schedule(rates: Sequence[Fraction | int], units: int, *, sources: Sequence[int] | None = None) -> Schedule:
     """Plan how units are shared among buckets, step after step.
 
@@ -127,8 +155,7 @@ def make_schedule(rates: Sequence[Fraction | int], units: int, *, sources: Seque
         >>> [schedule.counts(step) for step in range(5)]
         [[0, 0], [0, 2], [1, 3], [1, 5], [2, 6]]
     """
-    if units < 1:
-        raise ValueError(f"units: expected at least 1, got {units}")
+    units = as_int("units", units, least=1)
     labels = list(range(len(rates))) if sources is None else list(sources)
     if len(labels) != len(rates):
         raise ValueError(f"sources: expected one label for each of {len(rates)} buckets, got {len(labels)}")

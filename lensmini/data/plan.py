@@ -24,7 +24,7 @@ from lensmini.cost import ModelSize, train_flops
 from lensmini.data.assign import PlannedStep, StepTotals, always_fits, assign_slots
 from lensmini.data.balance import PlanReport, measure_steps
 from lensmini.data.exchange import even_out
-from lensmini.data.exposure import Schedule, bucket_shares, make_schedule
+from lensmini.data.exposure import Schedule, as_int, bucket_shares, make_schedule
 from lensmini.data.permute import derive_key, permute, permute_windows
 
 __all__ = ["BatchPlan"]
@@ -99,15 +99,16 @@ class BatchPlan:
             raise ValueError(f'mode: expected "bucket", "packed" or "same_bucket", got {mode!r}')
         if text_lengths is not None and len(text_lengths) != self.sizes.sum():
             raise ValueError(f"text_lengths: expected {self.sizes.sum()} entries, got {len(text_lengths)}")
-        self.num_slots, self.seed, self.mode, self.max_tokens = num_slots, seed, mode, max_tokens
-        self.text_tokens, self.text_lengths, self.model, self.window = text_tokens, text_lengths, model, window
-        for name, least in {"num_slots": 1, "text_tokens": 0, "max_tokens": 1, "window": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        self.mode, self.text_lengths, self.model = mode, text_lengths, model
+        self.num_slots = as_int("num_slots", num_slots, least=1)
+        self.seed = as_int("seed", seed, least=-(2**63))
+        self.text_tokens = text_tokens = as_int("text_tokens", text_tokens, least=0)
+        self.max_tokens = None if max_tokens is None else as_int("max_tokens", max_tokens, least=1)
+        self.window = None if window is None else as_int("window", window, least=1)
         if images_per_slot is None and max_tokens is None:
             raise ValueError("images_per_slot: expected it or max_tokens, got neither")
-        self.sources = list(range(len(self.sizes))) if sources is None else [int(label) for label in sources]
+        labels = range(len(self.sizes)) if sources is None else sources
+        self.sources = [as_int("sources", label, least=0) for label in labels]
         self.weights, self._ends = weights, np.cumsum(self.sizes)
         shares = bucket_shares(self.sizes.tolist(), self.sources, weights)
         most_tokens = [int(count) + text_tokens for count in self.tokens]
@@ -125,6 +126,7 @@ class BatchPlan:
         Raises:
             ValueError: if k is negative.
         """
+        k = as_int("k", k, least=0)
         samples, offsets = self.assign(k, k + 1)
         return PlannedStep(k, samples, offsets)
 
@@ -142,7 +144,8 @@ class BatchPlan:
         Raises:
             ValueError: if the steps are not ``0 <= start < stop``.
         """
-        if not 0 <= start < stop:
+        start, stop = as_int("start", start, least=0), as_int("stop", stop, least=0)
+        if start >= stop:
             raise ValueError(f"start, stop: expected 0 <= start < stop, got {start}, {stop}")
         counts = self.schedule.counts_between(start, stop)
         drawn = np.diff(counts, axis=0)
@@ -287,7 +290,8 @@ class BatchPlan:
         if images is None:
             chosen = [self.max_tokens // count for count in most_tokens]  # pyright: ignore[reportOptionalOperand]
         else:
-            chosen = [images] * len(most_tokens) if isinstance(images, int) else [int(count) for count in images]
+            many = [images] * len(most_tokens) if np.ndim(images) == 0 else images
+            chosen = [as_int("images_per_slot", count, least=0) for count in many]  # pyright: ignore
         if len(chosen) != len(most_tokens):
             raise ValueError(f"images_per_slot: expected one per bucket, {len(most_tokens)}, got {len(chosen)}")
         for bucket, (count, length, share) in enumerate(zip(chosen, most_tokens, shares, strict=True)):
@@ -303,8 +307,10 @@ class BatchPlan:
     def _packed_schedule(
         self, shares: list[Fraction], most_tokens: list[int], images: int | Sequence[int] | None
     ) -> Schedule:
-        if images is not None and (not isinstance(images, int) or images < 1):
-            raise ValueError(f"images_per_slot: expected one number in mode packed, at least 1, got {images}")
+        if images is not None:
+            if np.ndim(images):
+                raise ValueError(f"images_per_slot: expected one number in mode packed, got {images}")
+            images = as_int("images_per_slot", images, least=1)
 
         def fits(schedule: Schedule, cap: int) -> bool:
             return always_fits(most_tokens, *schedule.extremes(), schedule.units, self.num_slots, cap)

@@ -91,8 +91,15 @@ def test_repeats_count_what_came_before(numbers, data):
     assert [count for slot in range(len(cuts) + 1) for count in step.repeats(slot).tolist()] == slow
 
 
-def test_a_batch_moves_and_pins_as_one():
+def test_a_batch_moves_and_pins_as_one(monkeypatch):
     batch = collate_samples([make_sample(4, (2, 3), 2), make_sample(5, (1, 1), 0)])
+    # Pinning needs a device; here it is a copy to tell apart.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    pinned = batch.pin_memory()
+    for name in ("samples", "image_tokens", "text_tokens"):
+        assert getattr(pinned, name) is not getattr(batch, name)
+        assert torch.equal(getattr(pinned, name), getattr(batch, name))
+    assert pinned.layout is not batch.layout and pinned.layout.image_offsets is not batch.layout.image_offsets
     moved = batch.to("meta")
     assert {moved.samples.device, moved.image_tokens.device, moved.text_tokens.device} == {torch.device("meta")}
     assert moved.layout.image_offsets.device == torch.device("meta")
@@ -111,6 +118,7 @@ ONE = make_sample(0, (2, 3), 2)
         ([ONE, ONE._replace(latents=torch.zeros(3, 6))], r"samples\[1\].latents"),
         ([ONE, ONE._replace(text_tokens=torch.zeros(2, 3, 4))], r"samples\[1\].text_tokens"),
         ([ONE, ONE._replace(text_tokens=torch.zeros(2, 2, 5))], r"samples\[1\].text_tokens"),
+        ([ONE._replace(number=16777217.0)], r"samples\[0\].number: expected an integer, got 16777217.0"),
         ([ONE, ONE._replace(latents=ONE.latents.double())], r"samples\[1\].latents: expected torch.float32 as in"),
         ([ONE, ONE._replace(text_tokens=ONE.text_tokens.half())], r"samples\[1\].text_tokens: expected torch.float32"),
     ],

@@ -55,17 +55,42 @@ def gains(slots, tokens, costs, cap):
                 yield loads[heavy] - max(loads[heavy] - cost, loads[light] + cost)
 
 
+TOKENS = (11, 9, 4, 29, 19, 21, 29, 24, 28, 3, 19, 26, 17, 6, 11, 27, 19, 25)
+COSTS = (3, 2, 1, 1, 1, 1, 1, 1, 1, 50, 2, 2, 3, 3, 1, 50, 50, 3)
+
+
+@example([*zip(TOKENS, COSTS, strict=True)], 2, None)
 @given(ITEMS, st.integers(2, 5), st.one_of(st.none(), st.integers(0, 12)))
 def test_no_exchange_with_the_cheapest_slot_is_left_that_gains(items, num_slots, spare):
     assume(len(items) >= num_slots)
     tokens, costs = np.array([item[0] for item in items]), np.array([float(item[1]) for item in items])
     cap = None if spare is None else -(-int(tokens.sum()) // num_slots) + spare
     try:
-        dealt = assign_slots(tokens, costs, num_slots, cap)
+        order, offsets = assign_slots(tokens, costs, num_slots, cap)
     except ValueError:
         assume(False)
-    slots = contents(*even_out(*dealt, tokens, costs, cap))
+    # One call stops after four exchanges a slot; what it leaves, more calls take up.
+    for _ in range(20):
+        order, offsets = even_out(order, offsets, tokens, costs, cap)
+    slots = contents(order, offsets)
     assert max(gains(slots, tokens, costs, cap), default=0) <= 1e-3 * costs.sum() / num_slots
+
+
+def test_a_cheap_slot_that_cannot_help_does_not_end_it():
+    # The cheapest slot is full of tokens; the second cheapest has room.
+    tokens, costs = np.array([5, 5, 5, 20, 2]), np.array([10.0, 10.0, 10.0, 1.0, 2.0])
+    order, offsets = even_out(np.arange(5), np.array([0, 3, 4, 5]), tokens, costs, 20)
+    assert sorted(costs[slot].sum() for slot in contents(order, offsets)) == [1, 12, 20]
+
+
+def test_many_exchanges_even_out_many_slots():
+    random = np.random.default_rng(0)
+    costs = random.lognormal(0, 1, 900)
+    slot_of = np.minimum(random.geometric(0.08, 900) - 1, 29)
+    order = np.argsort(slot_of, kind="stable")
+    offsets = np.cumsum([0, *np.bincount(slot_of, minlength=30)])
+    loads = [costs[slot].sum() for slot in contents(*even_out(order, offsets, np.ones(900, int), costs))]
+    assert max(loads) < 1.5 * costs.sum() / 30 < 2 * costs[slot_of == 0].sum()
 
 
 def test_what_largest_first_leaves_uneven_becomes_even():

@@ -299,7 +299,12 @@ def test_the_order_itself_is_pinned():
         ({"text_lengths": np.zeros(3, int)}, "text_lengths: expected 50 entries"),
         ({"images_per_slot": None, "max_tokens": None}, "expected it or max_tokens"),
         ({"images_per_slot": [2, 2]}, "one number in mode packed"),
-        ({"images_per_slot": 0}, "one number in mode packed, at least 1, got 0"),
+        ({"images_per_slot": 0}, "images_per_slot: expected at least 1, got 0"),
+        ({"images_per_slot": 1.5}, "images_per_slot: expected an integer, got 1.5"),
+        ({"mode": "bucket", "images_per_slot": [1.5, 2]}, "images_per_slot: expected an integer, got 1.5"),
+        ({"max_tokens": 400.0}, "max_tokens: expected an integer, got 400.0"),
+        ({"sources": [0.9, 1.2]}, "sources: expected an integer, got 0.9"),
+        ({"seed": 1.0}, "seed: expected an integer, got 1.0"),
         ({"mode": "bucket", "images_per_slot": [1, 0]}, "got 0 for bucket 1"),
         ({"mode": "bucket", "images_per_slot": [1]}, "one per bucket, 2, got 1"),
         ({"mode": "bucket", "images_per_slot": 34}, "34 images of bucket 1 have up to 408 tokens with text, a slot"),
@@ -315,6 +320,34 @@ def test_bad_arguments_are_named_when_the_plan_is_made(changes, message):
         BatchPlan(**{"sizes": [30, 20], "tokens": [5, 9], **BASE, **changes})
 
 
+@pytest.mark.parametrize("mode", ["packed", "bucket"])
+def test_numpy_integers_are_integers_and_never_overflow(mode):
+    options = {"num_slots": 128, "images_per_slot": 4, "seed": 3, "max_tokens": 2000, "text_tokens": 3, "window": 7}
+    wide = {name: np.int64(value) for name, value in options.items()}
+    sizes, weights = [800_000_000, 77, 3], [0.5, 0.3, 0.2]
+    plan, other = (BatchPlan(sizes, [4, 9, 16], mode=mode, weights=weights, **given) for given in (options, wide))
+    assert plan.fingerprint() == other.fingerprint()
+    for k in (1, 10**7, 10**12):
+        assert same(plan.step(k), other.step(np.int64(k)))
+    assert plan.schedule.counts(np.int64(10**9)) == plan.schedule.counts(10**9)
+    with pytest.raises(ValueError, match="k: expected an integer, got 1.5"):
+        plan.step(1.5)
+
+
+def test_ranks_that_would_not_share_a_step_evenly_are_refused():
+    step = make_step(4)
+    for rank, world_size in ((0, 3), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank, world_size: expected a divisor of 4 slots"):
+            step.share(rank, world_size)
+    for index in (-1, 4):
+        with pytest.raises(ValueError, match="index: expected a slot from 0 to 3"):
+            step.slot(index)
+
+
+def make_step(num_slots):
+    return BatchPlan([50], [1], num_slots=num_slots, images_per_slot=2, seed=0).step(0)
+
+
 def test_a_cap_that_an_error_names_is_enough():
     plan = BatchPlan([30, 20], [5, 9], **{**BASE, "images_per_slot": 60, "max_tokens": 800})
     assert plan.schedule.units == 240
@@ -324,8 +357,10 @@ def test_bad_arguments_are_named_later():
     plan = BatchPlan([30, 20], [5, 9], **{**BASE, "text_lengths": np.full(50, 4)})
     with pytest.raises(ValueError, match="text_lengths: expected 0 to text_tokens = 3, got 4 to 4"):
         plan.step(0)
-    with pytest.raises(ValueError, match="start, stop"):
+    with pytest.raises(ValueError, match="k: expected at least 0, got -1"):
         plan.step(-1)
+    with pytest.raises(ValueError, match="start, stop: expected 0 <= start < stop, got 3, 3"):
+        plan.assign(3, 3)
     with pytest.raises(ValueError, match="divisor of num_slots = 4, got 3"):
         plan.micro_steps(3)
     with pytest.raises(ValueError, match="steps"):

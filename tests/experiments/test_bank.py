@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from experiments.bank import Batch, FeatureBank, random_stream, save_bank
+from lensmini.nn import LensConfig
 
 LAYERS, WIDTH, CHANNELS = 2, 3, 4
 SEEDS = st.integers(0, 2**40)
@@ -120,6 +121,33 @@ def test_every_picture_comes_once_an_epoch(folder: Path, mode: Any) -> None:
     for epoch in range(3):
         steps = [plan.step(k).samples for k in range(10 * epoch, 10 * epoch + 10)]
         assert sorted(number for samples in steps for number in samples.tolist()) == list(range(40))
+
+
+def test_a_plan_of_the_bank_is_the_plan_that_was_asked_for(folder: Path) -> None:
+    bank = make_bank(1, 40, folder)
+    grids = [tuple(grid) for grid in bank.grids.tolist()]
+    model = LensConfig(num_layers=1)
+    orders = []
+    for mode, seed in itertools.product(("packed", "bucket", "same_bucket"), (0, 1)):
+        plan = bank.plan(batch_size=8, num_slots=2, mode=mode, seed=seed, model=model)  # pyright: ignore
+        assert (plan.mode, plan.seed, plan.model, plan.num_slots) == (mode, seed, model, 2)
+        assert plan.text_tokens == max(len(bank.text_of(picture)) for picture in range(40))
+        steps = [plan.step(k) for k in range(8)]
+        orders.append([step.samples.tolist() for step in steps])
+        kinds = {len({grids[picture] for picture in step.slot(slot)}) for step in steps for slot in (0, 1)}
+        assert kinds == {1} if mode != "packed" else max(kinds) > 1
+        assert all(len(step.slot(0)) + len(step.slot(1)) == 8 for step in steps)
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of num_slots = 2, got 7"):
+        bank.plan(batch_size=7, num_slots=2)
+
+
+def test_other_pictures_are_another_bank(folder: Path, tmp_path: Path) -> None:
+    digests = set()
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        (tmp_path / name).mkdir()
+        digests.add(make_bank(seed, 6, tmp_path / name).digest)
+    assert len(digests) == 2
 
 
 def test_a_bank_smaller_than_a_step_repeats_pictures_with_other_noise(folder: Path) -> None:

@@ -296,12 +296,12 @@ def test_a_run_on_another_number_of_processes_sees_the_same_samples(root: Path, 
         json.loads((root / f"{mode}-{processes}" / "step-000003" / "run.json").read_text())["plan"]
         for processes in (1, 2)
     ]
-    assert plans[0] == plans[1] and len(plans[0]) == 32
+    assert plans[0] == plans[1] and len(plans[0]) == 32 + 1 + 16
 
 
 def test_samples_in_another_order_are_refused_in_a_sentence(root: Path, whole: Path) -> None:
     config = tiny_run.tiny_config(root / "whole")
     run = json.loads((whole / "step-000020" / "run.json").read_text())
-    with pytest.raises(SettingsError, match=r"samples came in another order \([0-9a-f]{32}, now 0+\)"):
+    with pytest.raises(SettingsError, match=r"samples came in another order \([0-9a-f]{32}-[0-9a-f]{16}, now 0+\)"):
         check_same_run(whole, config, "0" * 32)
     check_same_run(whole, config, run["plan"])

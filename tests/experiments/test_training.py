@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,22 @@ def test_two_processes_have_the_gradient_and_the_update_of_one(tmp_path: Path) -
     assert moved > 0.8 * len(whole), "the comparison is not one of zeros"
     one, other = (whole[f"0.{weighting}.img_in.weight"] for weighting in WEIGHTINGS)
     assert (one - other).abs().max() > 1e-2 * one.abs().max(), "the weightings differ"
+
+
+def test_gradients_of_many_micro_batches_add_up_in_float32(tmp_path: Path) -> None:
+    config = replace(ADAM, dtype="bfloat16")
+    state = TrainingState(MODEL, config, seed=0)
+    parameters = list(state.compute.parameters())
+    for _ in range(257):
+        # In bfloat16 a sum of ones stops at 256.
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        state.accumulate()
+    assert all(parameter.grad is None for parameter in parameters)
+    state.collect(Group(0, 1), [])
+    assert all(grad.eq(257).all() for grad in state.grads)
+    state.collect(Group(0, 1), [])
+    assert all(grad.eq(0).all() for grad in state.grads), "the next step starts from zero"
 
 
 def test_times_follow_the_logit_normal_law(tmp_path: Path) -> None:

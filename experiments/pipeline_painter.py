@@ -1,0 +1,169 @@
+"""Pictures of released checkpoints: pipelines, or a transformer with the other parts named beside it."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.painters import PainterConfig, PaintSettings, lora_row, merge_adapter
+from experiments.weights_digest import digest_weights
+
+if TYPE_CHECKING:
+    from lensmini.pipeline import LensPipeline
+
+__all__ = ["PipelinePainter"]
+
+
+class PipelinePainter:
+    """Anything that ``LensPipeline.from_pretrained`` reads; loaded when the first picture is wanted."""
+
+    takes_negatives = True
+
+    def __init__(self, path: Path, config: PainterConfig) -> None:
+        if config.mu is not None:
+            raise ValueError(
+                f"mu: expected none, since {path} is no run of ours and a pipeline has its own schedule, got {config.mu};"
+                " start with one of the presets lens, base and turbo"
+            )
+        self._config, self._loaded = config, None
+        self.name = path.as_posix()
+        self.source = _part(path)
+        self._check_parts()
+        named = [part.expanduser() for part in (config.text_encoder, config.autoencoder) if part is not None]
+        if not all(part.exists() for part in (Path(self.source), *named)):
+            # What the Hub has is named by its content once it is here.
+            self._load()
+        self.digest = digest_weights(self.source, without=_named_apart(config), revision=config.revision)
+        self.fields = {"dtype": config.dtype or "bfloat16", "weights_sha256": self.digest, **lora_row(config)}
+        if named:
+            self.fields["parts_sha256"] = [digest_weights(str(part)) for part in named]
+        if config.published_bf16:
+            self.fields["published_bf16"] = True
+
+    def defaults(self) -> tuple[int, float]:
+        pipeline = self._load()
+        return pipeline.num_inference_steps, pipeline.guidance_scale
+
+    def check_size(self, height: int, width: int) -> None:
+        from lensmini.canvas import check_size
+
+        if not self._config.any_size:
+            check_size(height, width)
+        elif min(height, width) < 1:
+            raise ValueError(f"height, width: expected positive sides, got {height} x {width}")
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return []
+
+    def vocabulary(self) -> list[str]:
+        return []
+
+    def paint(
+        self,
+        prompts: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+        settings: PaintSettings,
+        *,
+        negatives: Sequence[str],
+    ) -> list[Tensor]:
+        painted: dict[int, Tensor] = {}
+        # One negative that is not blank sends all of its call through the template, so the two kinds do not mix.
+        for blank in (True, False):
+            chosen = [index for index, negative in enumerate(negatives) if (not negative.strip()) == blank]
+            if not chosen:
+                continue
+            result: Any = self._load()(
+                [prompts[index] for index in chosen],
+                None if blank else [negatives[index] for index in chosen],
+                height=[sizes[index][0] for index in chosen],
+                width=[sizes[index][1] for index in chosen],
+                seeds=[seeds[index] for index in chosen],
+                num_inference_steps=settings.num_steps,
+                guidance_scale=settings.guidance_scale,
+                rescale_guidance=settings.rescale,
+                published_bf16=self._config.published_bf16,
+            )
+            for index, image in zip(chosen, result.images, strict=True):
+                painted[index] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return [painted[index] for index in range(len(prompts))]
+
+    def close(self) -> None:
+        self._loaded = None
+        gc.collect()
+
+    @property
+    def _is_transformer_alone(self) -> bool:
+        path = Path(self.source)
+        return path.is_file() or (path.is_dir() and not (path / "model_index.json").exists())
+
+    def _check_parts(self) -> None:
+        config = self._config
+        if not self._is_transformer_alone:
+            return
+        if config.autoencoder is None or (config.text_encoder is None and config.prompt_cache is None):
+            raise ValueError(
+                f"text_encoder, autoencoder: expected the folder or repository of each, since {self.source} holds a"
+                f" transformer alone, got {config.text_encoder} and {config.autoencoder}"
+            )
+
+    def _load(self) -> "LensPipeline":
+        if self._loaded is None:
+            from lensmini.pipeline import LensPipeline
+            from lensmini.prompt_cache import PromptCache, encoder_fingerprint
+
+            config = self._config
+            options: dict[str, Any] = {"check_sizes": not config.any_size}
+            place = {"dtype": getattr(torch, config.dtype or "bfloat16"), "device": config.device}
+            if self._is_transformer_alone:
+                self._loaded = _assemble(self.source, config, place, options)
+            else:
+                self._loaded = LensPipeline.from_pretrained(
+                    self.source,
+                    text_encoder=True if config.text_encoder is None else _part(config.text_encoder),
+                    autoencoder=True if config.autoencoder is None else _part(config.autoencoder),
+                    revision=config.revision,
+                    local_files_only=config.local_files_only,
+                    **place,
+                    **options,
+                )
+            if config.prompt_cache is not None:
+                encoder = self._loaded.text_encoder
+                # Without an encoder the directory says itself whose features it has.
+                whose = None if encoder is None else encoder_fingerprint(encoder)
+                self._loaded.prompt_cache = PromptCache(config.prompt_cache.expanduser(), fingerprint=whose)
+            merge_adapter(self._loaded.transformer, config)
+        return self._loaded
+
+
+def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options: dict[str, Any]) -> "LensPipeline":
+    from lensmini.checkpoints import load_transformer
+    from lensmini.nn import load_autoencoder
+    from lensmini.pipeline import LensPipeline
+    from lensmini.pipeline_folder import guess_variant
+    from lensmini.text_loading import load_text_encoder
+
+    transformer = load_transformer(source, **place)
+    place = {**place, "local_files_only": config.local_files_only}
+    encoder = None
+    if config.text_encoder is not None:
+        within = "text_encoder" if (config.text_encoder.expanduser() / "text_encoder").is_dir() else None
+        layers = transformer.config.selected_layer_index
+        encoder = load_text_encoder(_part(config.text_encoder), subfolder=within, layers=layers, **place)
+    assert config.autoencoder is not None
+    within = "vae" if (config.autoencoder.expanduser() / "vae").is_dir() else None
+    autoencoder = load_autoencoder(_part(config.autoencoder), subfolder=within, **place)
+    return LensPipeline(transformer, autoencoder, encoder, variant=guess_variant(Path(source).stem), **options)
+
+
+def _part(path: Path) -> str:
+    return str(path.expanduser()) if path.expanduser().exists() else path.as_posix()
+
+
+def _named_apart(config: PainterConfig) -> tuple[str, ...]:
+    apart = {"text_encoder": config.text_encoder, "tokenizer": config.text_encoder, "vae": config.autoencoder}
+    return tuple(folder for folder, part in apart.items() if part is not None)

@@ -15,30 +15,31 @@ memory is counted from them by ``lensmini.cost``; seconds and days are a model w
 ``plan_report.json`` and ``plan_report.png`` into ``--run.out``.
 """
 
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
-from experiments.plan_report_plot import plot_rows
+from experiments.plan_report_plot import plot_rows, print_report
 from experiments.plan_report_rows import (
     ClusterConfig,
     PlanConfig,
     Source,
     TextLengths,
-    base_of,
     report_rows,
 )
 from experiments.runs import provenance, write_json
 from lensmini.data import LENS_1440_BUCKETS, Bucket, SampleIndex, make_buckets
+from lensmini.data.manifest import Manifest
 from lensmini.nn import LensConfig
 
 
@@ -62,14 +63,16 @@ class SyntheticConfig:
     """Most text tokens: the released pipeline's 512 less the 97 of its template, which the model never sees."""
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.text_cap < 1 or not self.text_mean > 0 or not self.text_spread >= 0:
-            raise ValueError("data: expected num_samples, text_cap, text_mean above 0 and text_spread at least 0")
+        limits = {"num_samples": (1, 2**53), "text_cap": (1, 65_535), "text_mean": (1, 65_535), "text_spread": (0, 10)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"data.{name}: expected {least} to {most:,}, got {getattr(self, name)}")
         for name, count in (("base_shares", None), ("aspect_shares", 9)):
             shares = getattr(self, name)
             if (count and len(shares) != count) or (shares and (min(shares) < 0 or not 0 < sum(shares) < np.inf)):
                 raise ValueError(f"data.{name}: expected {count or 'some'} shares, not negative, got {list(shares)}")
-        if not self.mixes:
-            raise ValueError("data.mixes: expected at least one, got none")
+        if not self.mixes or len(set(self.mixes)) < len(self.mixes):
+            raise ValueError(f"data.mixes: expected different mixes, got {list(self.mixes)}")
         for mix in self.mixes:
             if self.base_shares and len(parse_mix(mix)) != len(self.base_shares):
                 raise ValueError(f"data.base_shares: expected one for each base of {mix}, got {list(self.base_shares)}")
@@ -82,7 +85,7 @@ class ManifestConfig:
     path: tuple[Path, ...] = ()
     """Parquet files, a folder of them, or the folder of an index that was built before."""
     index: Path | None = None
-    """Where to keep the index of the manifest, or where it was kept before; a temporary folder by default."""
+    """Where to keep the index of these files, or where it was kept before; a temporary folder by default."""
     mix: str = "512+768+1024"
     """Base resolutions of the buckets, joined by "+"; an index has its own buckets."""
 
@@ -94,7 +97,7 @@ class LengthConfig:
     out: Path = Path("runs/plan_report")
     """Folder for plan_report.json and plan_report.png."""
     steps: int = 400_000
-    """Steps of the first mode with plan.num_slots slots; all rows are priced for as many images."""
+    """Steps of the first mix and mode with plan.num_slots slots; all rows are priced for as many images."""
     images: int | None = None
     """Images of the whole run, instead of steps."""
 
@@ -187,6 +190,41 @@ def synthetic_source(data: SyntheticConfig, mix: str, seed: int) -> Source:
     )
 
 
+def base_of(bucket: Bucket, bases: Sequence[int]) -> int:
+    """Place of the base whose square is nearest in area; at most half as much again is near.
+
+    Example:
+        >>> base_of(Bucket(544, 1088), [512, 768, 1024])
+        1
+    """
+    ratios = [bucket.height * bucket.width / base**2 for base in bases]
+    place = min(range(len(bases)), key=lambda place: abs(math.log(ratios[place])))
+    if not 1 / 1.5 <= ratios[place] <= 1.5:
+        raise ValueError(
+            f"data.mix: expected a base near each bucket of the index in area, got {bucket.height}x{bucket.width} "
+            f"among the buckets and the bases {list(bases)}"
+        )
+    return place
+
+
+def kept_index(data: ManifestConfig) -> SampleIndex | None:
+    """The index that was built before, if there is one; an index of other files is refused."""
+    indices = [path for path in data.path if (path / "index.json").exists()]
+    if indices:
+        if len(data.path) > 1 or data.index not in (None, *indices):
+            raise ValueError(f"data.path: expected the index {indices[0]} alone, got other paths or data.index as well")
+        return SampleIndex(indices[0])
+    if data.index is None or not (data.index / "index.json").exists():
+        return None
+    index, given = SampleIndex(data.index), Manifest.inspect(data.path)
+    names = [file.name for file in given.files]
+    for was, now in zip_longest(index.files, zip(names, given.rows, strict=True)):
+        if was != now:
+            had, has = (f"{file[0]} of {file[1]:,} rows" if file else "no more files" for file in (was, now))
+            raise ValueError(f"data.index: {data.index} was built from {had} where data.path has {has}; name another")
+    return index
+
+
 @contextmanager
 def manifest_source(data: ManifestConfig) -> Iterator[Source]:
     """The samples of a manifest, through an index that is opened, kept or temporary."""
@@ -197,14 +235,11 @@ def manifest_source(data: ManifestConfig) -> Iterator[Source]:
         raise FileNotFoundError(f"data.path: {', '.join(missing)}: no such file or folder")
     bases = parse_mix(data.mix)
     with tempfile.TemporaryDirectory(prefix="plan_report-") as scratch:
-        ready = [path for path in (*data.path[:1], data.index) if path and (path / "index.json").exists()]
-        if ready:
-            index = SampleIndex(ready[0])
-        else:
+        index, came = kept_index(data), "from"
+        if index is None:
             buckets = [bucket for base in bases for bucket in buckets_of(base)]
-            paths = data.path[0] if len(data.path) == 1 else data.path
-            folder = data.index or Path(scratch) / "index"
-            index = SampleIndex.build(paths, folder, buckets, small="drop", invalid="drop")
+            folder, came = data.index or Path(scratch) / "index", "made in"
+            index = SampleIndex.build(data.path, folder, buckets, small="drop", invalid="drop")
         left_out = ", ".join(f"{count:,} {cause}" for cause, count in index.left_out.items()) or "nothing"
         text = index.columns["text_tokens"]
         yield Source(
@@ -215,7 +250,7 @@ def manifest_source(data: ManifestConfig) -> Iterator[Source]:
             labels=np.array([base_of(bucket, bases) for bucket in index.buckets]),
             text_lengths=text,
             text_cap=int(text.max()),
-            note=f"{len(index):,} samples, left out {left_out}; index {'from ' if ready else 'made in '}{index.folder}",
+            note=f"{len(index):,} samples, left out {left_out}; index {came} {index.folder}",
         )
 
 
@@ -227,8 +262,6 @@ def check_ranks(cluster: ClusterConfig, num_slots: int) -> None:
         Traceback (most recent call last):
         ValueError: cluster.ranks: expected divisors of plan.num_slots = 128, or more ranks than slots, got 48
     """
-    if not cluster.ranks or min(cluster.ranks) < 1 or cluster.shard_over < 1:
-        raise ValueError(f"cluster: expected ranks and shard_over of at least 1, got {list(cluster.ranks)}")
     for ranks in cluster.ranks:
         if ranks < num_slots and num_slots % ranks:
             raise ValueError(
@@ -243,15 +276,16 @@ def check_ranks(cluster: ClusterConfig, num_slots: int) -> None:
 def make_report(config: ReportConfig) -> dict[str, Any]:
     """Measure all mixes, modes and rank counts: ``rows``, and ``notes`` for the reader."""
     check_ranks(config.cluster, config.plan.num_slots)
-    rows, notes = [], []
+    rows, notes, steps, images = [], [], config.run.steps, config.run.images
     if isinstance(config.data, ManifestConfig):
         with manifest_source(config.data) as source:
-            rows += report_rows(source, config.plan, config.cluster, config.model, config.run)
+            rows += report_rows(source, config.plan, config.cluster, config.model, steps=steps, images=images)
             notes.append(source.note)
     else:
         for mix in config.data.mixes:
             source = synthetic_source(config.data, mix, config.plan.seed)
-            rows += report_rows(source, config.plan, config.cluster, config.model, config.run)
+            rows += report_rows(source, config.plan, config.cluster, config.model, steps=steps, images=images)
+            images = rows[0]["images_of_run"]
     for (mix, mode), group in groupby(rows, key=lambda row: (row["mix"], row["mode"])):
         epochs = ", ".join(f"{base}: {value:.2f}" for base, value in next(group)["epochs"].items())
         notes.append(f"epochs of the run by base, {mix} {mode}: {epochs}")
@@ -262,60 +296,26 @@ def _legend(config: ReportConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
     cluster, first = config.cluster, rows[0]
     share = f"{100 * first['encoder_share']:.0f} % of the work in the first row"
     encoders = f"online ({share})" if cluster.encoders_online else "precomputed"
-    bound = sorted({row["ranks"] for row in rows if row["communication_seconds"] > row["compute_seconds"]})
+    words = {
+        "bound": "of the fullest slot that can be (all captions the longest; under a cap, all tokens of the worst shape)",
+        "measured": 'where ">" stands, of the fullest slot in the steps measured, which a longer run may exceed',
+    }
+    fullest = ", or, ".join(words[kind] for kind in sorted({row["memory_is"] for row in rows}))
+    slowed = sorted({row["ranks"] for row in rows if row["communication_seconds"] > row["compute_seconds"]})
     return [
         f"measured from the plan over {config.plan.steps} steps: images, tokens, balance (useful FLOPs / ranks x slowest, "
         "ranks wait after every micro-step), worst step, padding if a slot were padded to its longest, fullest slot",
         f"counted: GB = {first['fixed_gb']:.1f} fixed (float32 weights, gradients, moments and average"
         f"{', encoder weights' if cluster.encoders_online else ''}, over {cluster.shard_over} ranks; "
-        f"{cluster.reserve_gb:g} in reserve) + activations of the fullest slot, recomputing nothing / norms and "
-        f"products / blocks; the least that fits into {cluster.memory_gb:g} GB is chosen",
+        f"{cluster.reserve_gb:g} in reserve) + activations, recomputing nothing / norms and products / blocks, {fullest}; "
+        f"the least that fits into {cluster.memory_gb:g} GB is chosen",
         f"modelled: seconds of the slowest rank at {100 * cluster.mfu:.0f} % of {cluster.peak_tflops:g} TFLOP/s, a fourth "
         f"forward where blocks are recomputed, encoders {encoders}, or of the communication if that takes longer; MFU "
         "counts the transformer's useful FLOPs only",
         f"days and GPU hours are for {first['images_of_run']:,.0f} images in every row; more ranks than "
         f"{config.plan.num_slots} slots means more slots, so a larger step",
-        *([f"communication takes longer than computing on {bound} ranks"] if bound else []),
+        *([f"communication takes longer than computing on {slowed} ranks"] if slowed else []),
     ]
-
-
-_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
-    ("\nranks", lambda row: f"{row['ranks']:,}"),
-    ("micro-\nsteps", lambda row: f"{row['micro_steps']}"),
-    ("images\n/ step", lambda row: f"{row['images_per_step']:,.0f}"),
-    ("image\ntokens", lambda row: f"{row['image_tokens_per_step'] / 1e6:.2f}M"),
-    ("text\ntokens", lambda row: f"{row['text_tokens_per_step'] / 1e6:.2f}M"),
-    ("bal-\nance", lambda row: f"{row['balance']:.3f}"),
-    ("worst\nstep", lambda row: f"{row['worst_balance']:.3f}"),
-    ("pad-\nding", lambda row: f"{100 * row['padding']:.1f}%"),
-    ("fullest\nslot", lambda row: f"{row['most_slot_tokens']:,}"),
-    ("GB: none /\nsome / full", lambda row: "/".join(f"{row['memory_gb'][name]:.0f}" for name in row["memory_gb"])),
-    ("recom-\npute", lambda row: row["recompute"] or "no fit"),
-    ("seconds\n/ step", lambda row: f"{row['seconds_per_step']:.2f}"),
-    ("MFU\n", lambda row: f"{100 * row['mfu']:.1f}%"),
-    ("\ndays", lambda row: f"{row['days']:,.1f}"),
-    ("GPU\nhours", lambda row: f"{row['gpu_hours'] / 1e3:,.0f}K"),
-)
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The tables, one for each mix and mode, and what their columns mean; plain text where there is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    # Numbers that are cut short would be worse than lines that wrap.
-    console.width = max(console.width, 124)
-    for (mix, mode), rows in groupby(report["rows"], key=lambda row: (row["mix"], row["mode"])):
-        table = Table(title=f"{mix}, {mode}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for title, _ in _COLUMNS:
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(text(row) for _, text in _COLUMNS))
-        console.print(table)
-    for note in report["notes"]:
-        console.print(f"- {note}", markup=False)
 
 
 def main(config: ReportConfig) -> dict[str, Any]:

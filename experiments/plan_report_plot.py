@@ -1,15 +1,60 @@
-"""The picture of the plan's report: balance, memory, days and tokens per slot in four panels."""
+"""How the plan's report is shown: its tables, and balance, memory, days and tokens per slot in four panels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_rows"]
+__all__ = ["plot_rows", "print_report"]
 
 _INK, _MUTED, _LINE = "#1d2733", "#66727f", "#dde3e8"
 _COLOURS = {"bucket": "#2166ac", "packed": "#1b7f4b", "same_bucket": "#d9731a"}
 _NAMES = {"bucket": "a bucket per slot (paper)", "packed": "packed slots", "same_bucket": "a bucket per step"}
 _MARKS = (("none", "o", "nothing recomputed"), ("selective", "D", "norms and products"), ("full", "s", "whole blocks"))
+
+
+def _gigabytes(row: dict[str, Any]) -> str:
+    sign = ">" if row["memory_is"] == "measured" else ""
+    return sign + "/".join(f"{gigabytes:.0f}" for gigabytes in row["memory_gb"].values())
+
+
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("\nranks", lambda row: f"{row['ranks']:,}"),
+    ("micro-\nsteps", lambda row: f"{row['micro_steps']}"),
+    ("images\n/ step", lambda row: f"{row['images_per_step']:,.0f}"),
+    ("image\ntokens", lambda row: f"{row['image_tokens_per_step'] / 1e6:.2f}M"),
+    ("text\ntokens", lambda row: f"{row['text_tokens_per_step'] / 1e6:.2f}M"),
+    ("bal-\nance", lambda row: f"{row['balance']:.3f}"),
+    ("worst\nstep", lambda row: f"{row['worst_balance']:.3f}"),
+    ("pad-\nding", lambda row: f"{100 * row['padding']:.1f}%"),
+    ("fullest\nslot", lambda row: f"{row['most_slot_tokens']:,}"),
+    ("GB: none /\nsome / full", _gigabytes),
+    ("recom-\npute", lambda row: row["recompute"] or "no fit"),
+    ("seconds\n/ step", lambda row: f"{row['seconds_per_step']:.2f}"),
+    ("MFU\n", lambda row: f"{100 * row['mfu']:.1f}%"),
+    ("\ndays", lambda row: f"{row['days']:,.1f}"),
+    ("GPU\nhours", lambda row: f"{row['gpu_hours'] / 1e3:,.0f}K"),
+)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The tables, one for each mix and mode, and what their columns mean; plain text where there is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    # Numbers that are cut short would be worse than lines that wrap.
+    console.width = max(console.width, 124)
+    for (mix, mode), rows in groupby(report["rows"], key=lambda row: (row["mix"], row["mode"])):
+        table = Table(title=f"{mix}, {mode}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for title, _ in _COLUMNS:
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(text(row) for _, text in _COLUMNS))
+        console.print(table)
+    for note in report["notes"]:
+        console.print(f"- {note}", markup=False)
 
 
 def plot_rows(rows: Sequence[dict[str, Any]], path: Path, *, memory_gb: float) -> None:
@@ -105,10 +150,11 @@ def _days_lines(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     axis.legend(fontsize=9, loc="upper right")
 
 
-def _name_rows(axis: Any, rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Label the y axis with the series, top to bottom."""
+def _name_rows(axis: Any, rows: Sequence[dict[str, Any]], words: Sequence[str] = ()) -> list[int]:
+    """Label the y axis with the series, top to bottom, each with a word more where there are any."""
     several = len({row["mix"] for row in rows}) > 1
     names = [(f"{row['mix']}\n" if several else "") + _NAMES[row["mode"]] for row in rows]
+    names = [", ".join(pair) for pair in zip(names, words, strict=True)] if words else names
     places = list(range(len(rows)))[::-1]
     axis.set_yticks(places, names, fontsize=8 if several else 9)
     axis.set_ylim(-0.7, len(rows) - 0.3)
@@ -137,7 +183,7 @@ def _days_rows(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _memory(axis: Any, rows: Sequence[dict[str, Any]], memory_gb: float) -> None:
-    places = _name_rows(axis, rows)
+    places = _name_rows(axis, rows, [row["memory_is"] for row in rows])
     for place, row in zip(places, rows, strict=True):
         axis.barh(place, row["fixed_gb"], 0.5, color=_LINE)
         for name, mark, _ in _MARKS:
@@ -150,7 +196,9 @@ def _memory(axis: Any, rows: Sequence[dict[str, Any]], memory_gb: float) -> None
     handles.append(axis.barh(places[0], 0, color=_LINE, label="weights, moments, reserve"))
     axis.set_xlim(0, 1.08 * max(memory_gb, *(max(row["memory_gb"].values()) for row in rows)))
     axis.set_xlabel(f"GB per rank; red: the GPU's {memory_gb:g}; filled: what fits with least recomputation")
-    axis.set_title(f"Memory at the fullest slot, {rows[0]['ranks']:,} ranks", fontsize=11)
+    fullest = {"bound": "fullest slot that can be", "measured": "fullest in the steps measured"}
+    kinds = " or ".join(fullest[kind] for kind in sorted({row["memory_is"] for row in rows}))
+    axis.set_title(f"Memory on {rows[0]['ranks']:,} ranks: {kinds}", fontsize=11)
     axis.legend(handles=handles, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 

@@ -4,16 +4,15 @@ Axes: k steps, s slots of a step, j buckets, n samples.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lensmini.cost import activation_bytes, parameter_count
-from lensmini.data import BatchPlan, Bucket
+from lensmini.data import BatchPlan
 from lensmini.data.exposure import bucket_shares
 from lensmini.data.permute import derive_key
 from lensmini.nn import LensConfig
@@ -24,7 +23,6 @@ __all__ = [
     "SlotTable",
     "Source",
     "TextLengths",
-    "base_of",
     "make_plan",
     "measure_slots",
     "report_rows",
@@ -67,9 +65,12 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise ValueError(f"plan.modes: expected different modes, got {list(self.modes)}")
-        for name in ("num_slots", "slot_tokens", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"plan.{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("num_slots", "slot_tokens", "steps", "mean_images", "max_tokens", "images_per_slot"):
+            value = getattr(self, name)
+            if value is not None and np.min(value, initial=1) < 1:
+                raise ValueError(f"plan.{name}: expected at least 1, got {value}")
+        if self.weights and not (all(0 <= weight < math.inf for weight in self.weights) and any(self.weights)):
+            raise ValueError(f"plan.weights: expected finite numbers, none negative, got {list(self.weights)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,26 +103,14 @@ class ClusterConfig:
     """Weights of both encoders in bfloat16, sharded as the training state; nothing if not online."""
 
     def __post_init__(self) -> None:
-        for name in ("memory_gb", "peak_tflops", "mfu", "node_gb_per_s", "network_gb_per_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"cluster.{name}: expected a positive number, got {getattr(self, name)}")
+        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"cluster.ranks: expected different numbers of at least 1, got {list(self.ranks)}")
+        for name in ("shard_over", "memory_gb", "peak_tflops", "mfu", "node_gb_per_s", "network_gb_per_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"cluster.{name}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("reserve_gb", "image_gflops", "text_gflops", "encoder_gb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"cluster.{name}: expected no negative number, got {getattr(self, name)}")
-
-
-class RunLength(Protocol):
-    """The part of the run's settings that pricing needs."""
-
-    @property
-    def steps(self) -> int:
-        """Steps of the first mode."""
-        ...
-
-    @property
-    def images(self) -> int | None:
-        """Images, instead of steps."""
-        ...
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"cluster.{name}: expected a finite number of at least 0, got {getattr(self, name)}")
 
 
 class TextLengths:
@@ -168,17 +157,6 @@ class Source:
     note: str = ""
 
 
-def base_of(bucket: Bucket, bases: Sequence[int]) -> int:
-    """Place of the base whose square is nearest in area.
-
-    Example:
-        >>> base_of(Bucket(544, 1088), [512, 768, 1024])
-        1
-    """
-    area = bucket.height * bucket.width
-    return min(range(len(bases)), key=lambda place: abs(math.log(area / bases[place] ** 2)))
-
-
 def make_plan(source: Source, config: PlanConfig, model: LensConfig, mode: Mode, num_slots: int) -> BatchPlan:
     """The plan that training would follow; the library refuses what cannot be."""
     for name in ("images_per_slot", "weights"):
@@ -223,6 +201,8 @@ class SlotTable:
     """Of a training step without recomputation."""
     activations: dict[str, NDArray[np.float64]]
     """Bytes held for the backward, by what is recomputed."""
+    bound: dict[str, float] | None
+    """The most of them that any slot of any step can hold; None where nothing bounds it."""
     exposure: NDArray[np.int64]
     """``[j]`` images drawn from each bucket."""
 
@@ -244,21 +224,46 @@ def measure_slots(plan: BatchPlan, model: LensConfig, steps: int) -> SlotTable:
         padded=images * np.maximum.reduceat(image + text, begin).reshape(shape),
         flops=total(plan.costs(image, text)),
         activations={name: total(activation_bytes(model, image, text, recompute=name)) for name in RECOMPUTE},
+        bound=_bound(plan, model),
         exposure=np.bincount(plan.bucket_of(samples), minlength=len(plan.sizes)),
     )
 
 
+def _bound(plan: BatchPlan, model: LensConfig) -> dict[str, float] | None:
+    """A bucket's slot is fullest with its longest captions; a capped one with the sample of most bytes per token.
+
+    Bytes and tokens are linear in the text, so their ratio is largest with no text or with the longest.
+    """
+    packed, text, bound = plan.mode == "packed", plan.text_tokens, {}
+    if packed and plan.max_tokens is None:
+        return None
+    drawn = np.array([share > 0 for share in bucket_shares(plan.sizes.tolist(), plan.sources, plan.weights)])
+    image, images = plan.tokens[drawn], plan.images_per_slot[drawn]
+    for name in RECOMPUTE:
+        full = activation_bytes(model, image, np.full_like(image, text), recompute=name)
+        bare = activation_bytes(model, image, np.zeros_like(image), recompute=name)
+        held = plan.max_tokens * np.maximum(bare / image, full / (image + text)) if packed else images * full
+        bound[name] = float(held.max())
+    return bound
+
+
 def report_rows(
-    source: Source, config: PlanConfig, cluster: ClusterConfig, model: LensConfig, run: RunLength
+    source: Source,
+    config: PlanConfig,
+    cluster: ClusterConfig,
+    model: LensConfig,
+    *,
+    steps: int,
+    images: float | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for every mode and number of ranks, all for the same number of images."""
-    rows, images = [], run.images
+    """A row for every mode and number of ranks, all for the same images: of the first mode's steps if not given."""
+    rows = []
     for mode in config.modes:
         tables: dict[int, SlotTable] = {}
         if images is None:
             plan = make_plan(source, config, model, mode, config.num_slots)
             tables[config.num_slots] = measure_slots(plan, model, config.steps)
-            images = run.steps * float(tables[config.num_slots].images.sum(1).mean())
+            images = steps * float(tables[config.num_slots].images.sum(1).mean())
         for ranks in cluster.ranks:
             num_slots = max(config.num_slots, ranks)
             if num_slots not in tables:
@@ -282,7 +287,8 @@ def _price(table: SlotTable, ranks: int, cluster: ClusterConfig, model: LensConf
     useful, waiting = table.flops.sum(1), ranks * slowest(table.flops)
     encoder_gb = cluster.encoder_gb if cluster.encoders_online else 0.0
     fixed = (STATE_BYTES * parameters / 1e9 + encoder_gb) / cluster.shard_over + cluster.reserve_gb
-    memory = {name: fixed + float(held.max()) / 1e9 for name, held in table.activations.items()}
+    held = table.bound or {name: float(measured.max()) for name, measured in table.activations.items()}
+    memory = {name: fixed + most / 1e9 for name, most in held.items()}
     recompute = next((name for name in RECOMPUTE if memory[name] <= cluster.memory_gb), None)
     work = table.flops * (1 if recompute in ("none", "selective") else 4 / 3)
     encoders = np.zeros_like(work)
@@ -307,6 +313,7 @@ def _price(table: SlotTable, ranks: int, cluster: ClusterConfig, model: LensConf
         "slot_tokens": np.percentile(tokens, [0, 5, 50, 95, 100]).tolist(),
         "fixed_gb": fixed,
         "memory_gb": memory,
+        "memory_is": "bound" if table.bound else "measured",
         "recompute": recompute,
         "compute_seconds": float(compute.mean()),
         "communication_seconds": communication,

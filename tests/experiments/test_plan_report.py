@@ -28,7 +28,7 @@ from experiments.plan_report import (
 )
 from experiments.plan_report_rows import ClusterConfig, PlanConfig, TextLengths, make_plan, measure_slots, report_rows
 from lensmini.cost import activation_bytes, train_flops
-from lensmini.data import LENS_BUCKETS
+from lensmini.data import LENS_BUCKETS, Bucket
 from lensmini.nn import LensConfig, LensTransformer
 
 MODES = ("bucket", "packed", "same_bucket")
@@ -45,7 +45,8 @@ RUN = LengthConfig(steps=1000)
 
 def rows_of(*, data=DATA, plan=PLAN, cluster=CLUSTER, run=RUN, model=TINY):
     source = synthetic_source(data, data.mixes[0], plan.seed)
-    return {(row["mode"], row["ranks"]): row for row in report_rows(source, plan, cluster, model, run)}
+    found = report_rows(source, plan, cluster, model, steps=run.steps, images=run.images)
+    return {(row["mode"], row["ranks"]): row for row in found}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_rows_are_what_a_count_by_hand_finds(mode, ranks, full):
 
 
 def test_memory_of_a_slot_of_two_samples_is_state_and_encoders_shared_plus_both_samples_activations():
-    data = SyntheticConfig(mixes=("512",), num_samples=100, aspect_shares=(0, 0, 0, 0, 1, 0, 0, 0, 0), text_spread=0.0)
+    data = SyntheticConfig(mixes=("512",), num_samples=100, aspect_shares=(0, 0, 0, 0, 1, 0, 0, 0, 0), text_cap=300)
     cluster = ClusterConfig(ranks=(4, 8), shard_over=4, reserve_gb=1.5, encoder_gb=10.0)
     plan = PlanConfig(num_slots=4, images_per_slot=(2,), modes=("bucket",), steps=3)
     with torch.device("meta"):
@@ -132,8 +133,104 @@ def test_memory_of_a_slot_of_two_samples_is_state_and_encoders_shared_plus_both_
         for row in rows_of(data=data, plan=plan, cluster=replace(cluster, encoders_online=online)).values():
             assert row["fixed_gb"] == pytest.approx(fixed, rel=1e-12)
             for name in ("none", "selective", "full"):
-                sample = activation_bytes(TINY, 32 * 32, 150, recompute=name)
+                sample = activation_bytes(TINY, 32 * 32, 300, recompute=name)
                 assert row["memory_gb"][name] == pytest.approx(fixed + 2 * sample / 1e9, rel=1e-12)
+
+
+def bytes_by_hand(slots, name):
+    return [sum(activation_bytes(TINY, n, l, recompute=name) for n, l in slot) for slot in slots]
+
+
+@pytest.mark.parametrize("mode", ["bucket", "same_bucket"])
+@pytest.mark.parametrize("weights", [(), (0, 1), (1e-9, 1)])
+def test_memory_of_bucket_slots_is_that_of_their_images_with_the_longest_captions(mode, weights):
+    # Slots of nine small pictures are fullest, even where they are too rare to be seen in the steps measured.
+    plan = replace(PLAN, images_per_slot=(9, 2), weights=weights, modes=(mode,))
+    row = rows_of(plan=plan, cluster=replace(CLUSTER, ranks=(8,)))[mode, 8]
+    shapes = [bucket.tokens() for base in (256, 512) for bucket in plan_report.buckets_of(base)]
+    slots = [[(n, 90)] * 9 for n in shapes[:9]] * (weights != (0, 1)) + [[(n, 90)] * 2 for n in shapes[9:]]
+    assert row["memory_is"] == "bound"
+    for name, gigabytes in row["memory_gb"].items():
+        assert gigabytes == pytest.approx(row["fixed_gb"] + max(bytes_by_hand(slots, name)) / 1e9, rel=1e-12)
+    _, _, _, _, drawn = by_hand(plan_of(mode, 8, plan=plan), 8, CLUSTER, False)
+    assert max(bytes_by_hand(drawn, "none")) < (row["memory_gb"]["none"] - row["fixed_gb"]) * 1e9
+
+
+def test_memory_of_packed_slots_is_the_fullest_measured_and_says_so():
+    plan = replace(PLAN, modes=("packed",))
+    row = rows_of(plan=plan, cluster=replace(CLUSTER, ranks=(8,)))["packed", 8]
+    _, _, _, _, slots = by_hand(plan_of("packed", 8, plan=plan), 8, CLUSTER, False)
+    assert row["memory_is"] == "measured" and len({sum(n + l for n, l in slot) for slot in slots}) > 1
+    for name, gigabytes in row["memory_gb"].items():
+        assert gigabytes == pytest.approx(row["fixed_gb"] + max(bytes_by_hand(slots, name)) / 1e9, rel=1e-12)
+
+
+@given(st.integers(8_000, 40_000), st.integers(1, 2000), st.sampled_from([(1, 1), (1, 0), (0, 1)]), st.data())
+def test_no_slot_under_a_cap_holds_more_than_the_bound_of_packed_slots(cap, text_cap, weights, draw):
+    data = replace(DATA, text_cap=text_cap)
+    plan = replace(PLAN, modes=("packed",), max_tokens=cap, weights=weights, steps=1)
+    row = rows_of(data=data, plan=plan, cluster=replace(CLUSTER, ranks=(8,)))["packed", 8]
+    assert row["memory_is"] == "bound"
+    bases = [base for base, weight in zip((256, 512), weights, strict=True) if weight]
+    shapes = [bucket.tokens() for base in bases for bucket in plan_report.buckets_of(base)]
+    pairs = draw.draw(st.lists(st.tuples(st.sampled_from(shapes), st.integers(0, text_cap)), min_size=1, max_size=60))
+    slot = []
+    for n, l in pairs * 20:
+        slot += [(n, l)] * (sum(map(sum, slot)) + n + l <= cap)
+    for name, gigabytes in row["memory_gb"].items():
+        (held,), bound = bytes_by_hand([slot], name), (gigabytes - row["fixed_gb"]) * 1e9
+        assert held <= bound * (1 + 1e-9)
+        # The worst shape alone, without text or with the longest, comes within a sample of the bound.
+        fills = [[(n, l)] * (cap // (n + l)) for n in shapes for l in (0, text_cap)]
+        room = max(activation_bytes(TINY, n, l, recompute=name) for n in shapes for l in (0, text_cap))
+        assert bound <= max(bytes_by_hand(fills, name)) + room
+
+
+def test_where_memory_is_only_measured_the_table_marks_it_and_the_notes_say_so(capsys):
+    config = ReportConfig(data=DATA, plan=PLAN, cluster=replace(CLUSTER, ranks=(8,)), model=TINY)
+    for modes, cap, kinds in (
+        (("bucket", "packed"), None, ["bound", "measured"]),
+        (("packed",), None, ["measured"]),
+        (("bucket", "packed"), 8_000, ["bound", "bound"]),
+    ):
+        report = make_report(replace(config, plan=replace(PLAN, modes=modes, max_tokens=cap)))
+        plan_report.print_report(report)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["8"]]
+        assert [row["memory_is"] for row in report["rows"]] == kinds
+        assert [line[9].startswith(">") for line in lines] == [kind == "measured" for kind in kinds]
+        (note,) = [note for note in report["notes"] if note.startswith("counted")]
+        assert ("in the steps measured" in note) == ("measured" in kinds) and ("can be" in note) == ("bound" in kinds)
+
+
+def test_the_picture_says_whose_memory_is_only_measured(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.write_bytes(b"")))
+    rows = rows_of(plan=replace(PLAN, modes=("bucket", "packed")))
+    plan_report.plot_rows(list(rows.values()), tmp_path / "a.png", memory_gb=80)
+    panel = drawn[0].axes[1]
+    words = [label.get_text().split(", ")[-1] for label in panel.get_yticklabels()]
+    assert words == ["bound", "measured"] and "in the steps measured" in panel.get_title()
+
+
+def test_the_order_is_of_the_seed_stated():
+    orders = [plan_of("packed", 8, plan=replace(PLAN, seed=seed)).step(0).samples.tolist() for seed in (0, 7, 7)]
+    assert orders[1] == orders[2] != orders[0]
+    source = synthetic_source(DATA, DATA.mixes[0], 0)
+    # The seed of the captions apart, so that only the order is left to differ.
+    first, second = (make_plan(source, replace(PLAN, seed=seed), TINY, "bucket", 8) for seed in (0, 7))
+    assert (first.seed, second.seed) == (0, 7) and first.fingerprint() != second.fingerprint()
+
+
+def test_every_mix_is_priced_for_the_images_of_the_first():
+    data = replace(DATA, mixes=("256", "512", "256+512"), base_shares=())
+    plan = PlanConfig(num_slots=8, slot_tokens=4096, modes=("bucket", "packed"), steps=3)
+    config = ReportConfig(data=data, plan=plan, cluster=replace(CLUSTER, ranks=(4, 8)), model=TINY, run=RUN)
+    # Sixteen squares of 256 fill a slot.
+    assert {row["images_of_run"] for row in make_report(config)["rows"]} == {1000 * 8 * 16}
+    config = replace(config, run=LengthConfig(steps=1000, images=77))
+    assert {row["images_of_run"] for row in make_report(config)["rows"]} == {77}
 
 
 def test_the_least_recomputation_that_fits_is_chosen():
@@ -326,13 +423,13 @@ def test_the_table_without_a_terminal_is_plain_and_has_a_line_for_every_row(caps
         assert line.split()[10] == row["recompute"]
 
 
-def make_manifest(folder):
+def make_manifest(folder, name="a.parquet", more=()):
     """Forty wide pictures of 512, twenty square ones of 1024, and one that is too small, with captions of 10 to 70."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    height, width = [360] * 40 + [1024] * 20 + [100], [710] * 40 + [1024] * 20 + [100]
-    text = [10 + i for i in range(61)]
-    pq.write_table(pa.table({"height": height, "width": width, "text_tokens": text}), folder / "a.parquet")
-    return folder / "a.parquet"
+    height, width = [360] * 40 + [1024] * 20 + [100, *more], [710] * 40 + [1024] * 20 + [100, *more]
+    text = [10 + i for i in range(len(height))]
+    pq.write_table(pa.table({"height": height, "width": width, "text_tokens": text}), folder / name)
+    return folder / name
 
 
 def test_a_manifest_is_read_into_buckets_and_an_index_kept_gives_the_same_report(tmp_path, capsys):
@@ -362,6 +459,60 @@ def test_a_manifest_is_read_into_buckets_and_an_index_kept_gives_the_same_report
     )
 
 
+def test_an_index_of_other_files_is_refused(tmp_path):
+    a, b, index = make_manifest(tmp_path), make_manifest(tmp_path, "b.parquet"), tmp_path / "index"
+    plan = PlanConfig(num_slots=4, images_per_slot=(4, 3, 1), modes=("bucket",), steps=2)
+    config = ReportConfig(plan=plan, cluster=replace(CLUSTER, ranks=(4,)), model=TINY)
+
+    def report(*path, index=index):
+        return make_report(replace(config, data=ManifestConfig(path=path, index=index)))
+
+    rows = report(a)["rows"]
+    assert report(a)["rows"] == rows
+    with pytest.raises(
+        ValueError, match="index was built from a.parquet of 61 rows where data.path has b.parquet of 61"
+    ):
+        report(b)
+    with pytest.raises(ValueError, match="from no more files where data.path has b.parquet"):
+        report(a, b)
+    for path in ((index, b), (b, index)):
+        with pytest.raises(ValueError, match="data.path: expected the index .* alone"):
+            report(*path, index=None)
+    with pytest.raises(ValueError, match="data.path: expected the index .* alone"):
+        report(index, index=tmp_path / "other")
+    assert report(index)["rows"][0]["days"] == report(index, index=None)["rows"][0]["days"] == rows[0]["days"]
+    # A folder stands for its files, in order of name.
+    report(a, b, index=tmp_path / "both")
+    report(tmp_path, index=tmp_path / "both")
+    with pytest.raises(ValueError, match="from a.parquet of 61 rows where data.path has b.parquet"):
+        report(b, a, index=tmp_path / "both")
+    with pytest.raises(ValueError, match="from b.parquet of 61 rows where data.path has no more files"):
+        report(a, index=tmp_path / "both")
+    make_manifest(tmp_path, more=[600])
+    with pytest.raises(ValueError, match="from a.parquet of 61 rows where data.path has a.parquet of 62 rows"):
+        report(a)
+
+
+def test_buckets_of_an_index_far_from_every_base_are_refused(tmp_path):
+    path, index = make_manifest(tmp_path), tmp_path / "index"
+    config = ReportConfig(plan=replace(PLAN, images_per_slot=()), cluster=replace(CLUSTER, ranks=(8,)), model=TINY)
+    assert make_report(replace(config, data=ManifestConfig(path=(path,), index=index)))["rows"]
+    for mix, ok in (("256+1024", False), ("512+768", False), ("512+768+1440", False), ("448+832+960", True)):
+        data = ManifestConfig(path=(index,), mix=mix)
+        if ok:
+            assert make_report(replace(config, data=data))["rows"]
+            continue
+        with pytest.raises(ValueError, match="data.mix: expected a base near each bucket of the index in area, got"):
+            make_report(replace(config, data=data))
+    for side, bases, near in ((512, [420], True), (512, [416], False), (512, [624], True), (512, [628], False)):
+        # 1.5 is 1.2247 squared.
+        if near:
+            assert plan_report.base_of(Bucket(side, side), bases) == 0
+        else:
+            with pytest.raises(ValueError, match=f"got {side}x{side}"):
+                plan_report.base_of(Bucket(side, side), bases)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -387,9 +538,30 @@ def test_what_cannot_be_is_refused_in_a_sentence(words, message, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    ["stage2 --cluster.mfu 0", "stage2 --plan.steps 0", "stage2 --data.aspect-shares 1 2", "stage2 --run.steps 0"],
+    [
+        "stage2 --cluster.mfu 0",
+        "stage2 --plan.steps 0",
+        "stage2 --data.aspect-shares 1 2",
+        "stage2 --run.steps 0",
+        "stage2 --plan.images-per-slot 24 10 0",
+        "stage2 --plan.mean-images 0",
+        "stage2 --plan.max-tokens 0",
+        "stage2 --plan.weights 1 inf 1",
+        "stage2 --plan.weights 1 -1 1",
+        "stage2 --cluster.ranks 8 128 128",
+        "stage2 --cluster.ranks 0",
+        "stage2 --cluster.shard-over 0",
+        "stage2 --cluster.peak-tflops inf",
+        "stage2 --cluster.reserve-gb nan",
+        "stage2 --cluster.text-gflops inf",
+        "stage2 --data.text-mean inf",
+        "stage2 --data.text-mean nan",
+        "stage2 --data.text-spread 1e200",
+        "stage2 --data.mixes 512 512",
+    ],
 )
-def test_settings_out_of_range_are_refused_when_they_are_read(words, capsys):
+def test_settings_out_of_range_are_refused_when_they_are_read(words, capsys, monkeypatch):
+    monkeypatch.setattr(plan_report, "main", pytest.fail)
     with pytest.raises(SystemExit):
         cli(words.split())
     # The parser breaks lines in its box.

@@ -138,7 +138,7 @@ def export_diffusers(
     """Save a whole pipeline as diffusers lays it out, with ``model_index.json`` and a folder per component.
 
     Components that are not given are left out of both. The folder appears when it is complete, and replaces nothing
-    but an earlier export.
+    but an earlier export of the same components, or of fewer, with nothing else in it.
 
     Args:
         folder: where to; made with its parents.
@@ -194,11 +194,22 @@ def export_diffusers(
         _write_text(part / "scheduler" / "scheduler_config.json", scheduler_text)
         for name, component in saved.items():
             if component is not None:
-                options = {} if name == "tokenizer" else {"safe_serialization": True}
+                options: dict[str, Any] = {} if name == "tokenizer" else {"safe_serialization": True}
+                if name == "text_encoder" and _is_transformers_model(component):
+                    # Otherwise transformers gives unpacked MXFP4 weights the names of packed ones, which nothing can read.
+                    options["save_original_format"] = False
                 component.save_pretrained(str(part / name), **options)
         _write_text(part / "model_index.json", _json_text("model_index.json", index))
 
-    _replace_folder(Path(folder), write, _is_exported_pipeline)
+    def may_replace(old: Path) -> bool:
+        kept = {path.name for path in old.iterdir() if path.is_dir()} - {*index}
+        return _is_exported_pipeline(old) and not kept
+
+    _replace_folder(Path(folder), write, may_replace)
+
+
+def _is_transformers_model(component: Any) -> bool:
+    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(component).__mro__)
 
 
 def _state(model: LensTransformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -312,7 +323,15 @@ def _is_saved_transformer(folder: Path) -> bool:
 
 def _is_exported_pipeline(folder: Path) -> bool:
     names = ("model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-    return _only(folder, names) and _class_name(folder / "model_index.json") == "LensPipeline"
+    if not _only(folder, names) or _class_name(folder / "model_index.json") != "LensPipeline":
+        return False
+    # Only our exports have it: a download, or files that somebody put beside the weights, are not ours to remove.
+    files = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+    parts = [path for path in folder.iterdir() if path.is_dir()]
+    return "lens_variant" in read_json(folder / "model_index.json") and all(
+        _only(part, files[:2] if part.name in ("transformer", "vae", "text_encoder", "scheduler") else files)
+        for part in parts
+    )
 
 
 def _class_name(path: Path) -> Any:

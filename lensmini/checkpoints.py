@@ -41,6 +41,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _CLASSES = ("LensTransformer2DModel", "LensTransformer")
 _PARTS = {"img_in", "txt_in", "txt_norm", "time_text_embed", "transformer_blocks", "norm_out", "proj_out"}
 # Far above any model, far below where a product of two no longer fits in 64 bits.
+_BLOCK_TENSORS = 26
 _MAX_WIDTH = 2**20
 
 
@@ -229,7 +230,7 @@ def _empty_model(config: LensConfig, stored: Mapping[str, StoredValue], where: s
     widths = (config.inner_dim, config.enc_hidden_dim * config.num_text_layers, config.in_channels, config.output_dim)
     if max(widths) > _MAX_WIDTH:
         raise CheckpointError(f"{where}: expected widths of at most {_MAX_WIDTH}, found {max(widths)}")
-    if config.num_layers + config.num_text_layers > 2 * len(stored) + 64:
+    if _BLOCK_TENSORS * config.num_layers + config.num_text_layers > 1.25 * len(stored) + 64:
         raise CheckpointError(
             f"{where}: expected sizes that fit the {len(stored)} tensors stored, found {config.num_layers} blocks and "
             f"{config.num_text_layers} text layers"

@@ -161,5 +161,6 @@ def _load_text_encoder(
     layers = transformer.config.selected_layer_index
     options: dict[str, Any] = {"dtype": dtype, "device": device, "quantization": quantization, "layers": layers}
     if given is True:
-        return load_text_encoder(source, subfolder="text_encoder", local_files_only=True, **options)
+        offline = bool(hub.get("local_files_only"))
+        return load_text_encoder(source, subfolder="text_encoder", local_files_only=offline, **options)
     return load_text_encoder(given, **options, **{**hub, "revision": None})  # pyright: ignore[reportArgumentType]

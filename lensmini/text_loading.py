@@ -129,10 +129,25 @@ def _check_raw(raw: Mapping[str, Any], name: str, layers: Sequence[int]) -> None
     count = text.get("num_hidden_layers", max([1, *layers])) if isinstance(text, dict) else None
     if type(count) is not int or not 0 < count <= MAX_LAYERS:
         raise CheckpointError(f"{name}: expected num_hidden_layers in 1..{MAX_LAYERS}, found {count!r}")
+    for key, value in _implementations(raw):
+        # A repository's name here would make transformers fetch compiled code.
+        if not (value is None or (isinstance(value, str) and value.isidentifier())):
+            raise CheckpointError(f"{name}: expected {key} to be a plain name, found {str(value)[:200]!r}")
     if "transformers_weights" in raw:
         raise CheckpointError(
             f"{name}: expected the usual weight files, found transformers_weights in the configuration"
         )
+
+
+def _implementations(raw: Any) -> Iterator[tuple[str, Any]]:
+    """Every setting, at any depth, that names an implementation of attention or experts."""
+    for key, value in raw.items() if isinstance(raw, Mapping) else ():
+        if "implementation" in key and not isinstance(value, Mapping):
+            yield key, value
+        elif "implementation" in key:
+            yield from ((f"{key}.{part}", inner) for part, inner in value.items())
+        else:
+            yield from _implementations(value)
 
 
 def _text_config(config: Any) -> Any:

@@ -4,6 +4,7 @@ Axes: b batch, H and W pixels, c = autoencoder channels * p * p latent channels 
 positions, ``H = downsample * h``.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,11 @@ def load_autoencoder(
     else:
         normalizer = _config_normalizer(vae.config, patch_size)
     downsample = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
-    autoencoder = Autoencoder(vae.to(dtype), normalizer, downsample=downsample, patch_size=patch_size)
+    statistics = copy.deepcopy(getattr(vae, "bn", None))
+    vae = vae.to(dtype)
+    if statistics is not None:
+        vae.bn = statistics  # float32, so that saving again loses nothing
+    autoencoder = Autoencoder(vae, normalizer, downsample=downsample, patch_size=patch_size)
     return autoencoder.to(device)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from benchmarks import plan_balance, plan_resume
@@ -227,6 +227,8 @@ def test_without_a_state_all_is_wrong_after_a_resume(first, second, ranks):
 def test_the_true_step_times_ranks_is_exact_and_what_was_fetched_ahead_is_not(later, ahead):
     scenario = Scenario("any", ((3, 8), *later))
     assert count_wrong(open_sora_resume(BUCKETS, images_of_bucket=IMAGES_OF_BUCKET), scenario) == 0
+    # On more ranks than before, a batch too many can be less than a step and change nothing.
+    assume(later[0][1] <= 8)
     loader = open_sora_resume(BUCKETS, images_of_bucket=IMAGES_OF_BUCKET, fetched_ahead=ahead)
     assert count_wrong(loader, scenario) > 0
 

@@ -465,6 +465,14 @@ def test_long_lists_and_control_characters_stay_readable(tmp_path, narrow):
     assert str(caught.value).isprintable()
 
 
+def test_a_configuration_of_more_blocks_than_the_file_can_hold_is_refused_before_building(tmp_path, tiny):
+    folder = write_folder(tmp_path / "many", tiny, TINY)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_layers": len(tiny)}))
+    with pytest.raises(CheckpointError, match="expected sizes that fit the"):
+        load_transformer(folder)
+
+
 def check_random_damage(tmp_path, tiny, data):
     """Whatever bytes are changed or cut off: the tensors that the files hold, or a CheckpointError."""
     folder = write_folder(tmp_path / "model", tiny, TINY, shards=2)
@@ -543,6 +551,25 @@ class TestSaving:
         ):
             with pytest.raises(CheckpointError, match="expected .*folder"):
                 write()
+        assert tree(tmp_path) == before
+
+    @pytest.mark.parametrize("theirs", ["notes", "component", "download"])
+    def test_an_export_removes_nothing_of_anybody_elses(self, tmp_path, theirs):
+        model, folder = LensTransformer(TINY), tmp_path / "pipe"
+        export_diffusers(folder, transformer=model)
+        export_diffusers(folder, transformer=model, variant="Lens-Turbo")
+        if theirs == "notes":
+            (folder / "transformer" / "my_notes.md").write_text("mine")
+        elif theirs == "component":
+            (folder / "vae").mkdir()
+            (folder / "vae" / "config.json").write_text("{}")
+        else:
+            values = json.loads((folder / "model_index.json").read_text())
+            del values["lens_variant"]
+            (folder / "model_index.json").write_text(json.dumps(values))
+        before = tree(tmp_path)
+        with pytest.raises(CheckpointError, match="expected .*folder"):
+            export_diffusers(folder, transformer=model)
         assert tree(tmp_path) == before
 
     def test_a_failure_leaves_the_earlier_save(self, tmp_path, monkeypatch):

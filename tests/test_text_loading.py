@@ -17,6 +17,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from lensmini import text_loading
 from lensmini.checkpoint_files import CheckpointError
+from lensmini.checkpoints import export_diffusers
+from lensmini.nn import LensConfig, LensTransformer
 from lensmini.text_loading import load_text_encoder
 from tests.golden_cases import golden
 from tests.nn.test_text_encoder import make_model, make_tokenizer
@@ -173,6 +175,34 @@ def test_unpacked_mxfp4_is_the_floats_that_it_stands_for(packed, quantization, d
     features, _ = encoder.encode_tokens(IDS, MASK)
     for actual, exact in zip(features, stock_features(floats, (1, 3), dtype), strict=True):
         assert error(actual, exact) <= limit
+
+
+@pytest.mark.filterwarnings("ignore:.*are unpacked")
+def test_an_unpacked_encoder_that_is_exported_loads_again_with_the_same_features(packed, tmp_path):
+    encoder = load_text_encoder(packed[0], dtype=torch.bfloat16, layers=(1, 3))
+    size = {"num_layers": 1, "num_attention_heads": 1, "enc_hidden_dim": 32, "selected_layer_index": (1, 3)}
+    export_diffusers(tmp_path / "pipe", transformer=LensTransformer(LensConfig(**size)), text_encoder=encoder)
+    again = load_text_encoder(tmp_path / "pipe", subfolder="text_encoder", layers=(1, 3))
+    for one, other in zip(encoder.encode_tokens(IDS, MASK)[0], again.encode_tokens(IDS, MASK)[0], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "kernels-community/evil@main:run"},
+        {"_attn_implementation": "someone/else"},
+        {"experts_implementation": {"text_config": "kernels-community/evil"}},
+        {"text_config": {"num_hidden_layers": 4, "attn_implementation": "a/b"}},
+    ],
+    ids=str,
+)
+def test_a_configuration_cannot_name_code_to_fetch(checkpoint, tmp_path, changes):
+    folder = copy(checkpoint, tmp_path / "hostile", **changes)
+    with pytest.raises(CheckpointError, match="implementation.* to be a plain name, found"):
+        load_text_encoder(folder, layers=(0,))
+    plain = copy(checkpoint, tmp_path / "plain", attn_implementation="eager")
+    load_text_encoder(plain, layers=(0,))
 
 
 def test_packed_insists_and_says_what_is_missing(packed, checkpoint):

@@ -113,6 +113,9 @@ def test_the_older_kind_may_have_statistics_per_channel_and_no_patches(tmp_path)
 
 def test_half_precision_arithmetic_keeps_the_callers_dtype_and_float32_statistics(flux2_folder, flux2):
     half = load_autoencoder(flux2_folder, dtype=torch.bfloat16)
+    # Saved again, the statistics are what they were.
+    stored = load_autoencoder(flux2_folder).vae.bn
+    assert torch.equal(half.vae.bn.running_var, stored.running_var) and half.vae.bn.running_mean.dtype == torch.float32
     assert next(half.vae.parameters()).dtype == torch.bfloat16
     assert half.normalizer.mean.dtype == half.normalizer.var.dtype == torch.float32
     images = tensor([1, 3, 16, 16], 6)

@@ -118,6 +118,11 @@ class PipelinePainter:
 
             config = self._config
             options: dict[str, Any] = {"check_sizes": not config.any_size}
+            try:
+                torch.empty(0, device=config.device)
+            except (RuntimeError, AssertionError) as error:
+                cause = str(error).partition("\n")[0]
+                raise ValueError(f"device: expected one that works here, got {config.device!r}: {cause}") from None
             place = {"dtype": getattr(torch, config.dtype or "bfloat16"), "device": config.device}
             if self._is_transformer_alone:
                 self._loaded = _assemble(self.source, config, place, options)

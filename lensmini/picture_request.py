@@ -6,6 +6,7 @@ Axes: b pictures, c latent channels, h and w latent height and width.
 import math
 import secrets
 from collections.abc import Sequence
+from operator import index as as_index
 from typing import Any, NamedTuple
 
 import torch
@@ -220,7 +221,13 @@ def choose_noise(
         # The system's own entropy: no state of torch changes, and the metadata says which seeds these were.
         numbers = [secrets.randbelow(2**31) for _ in grids]
     else:
-        numbers = [seeds + index for index in range(num)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        try:
+            first = as_index(seeds)  # pyright: ignore[reportArgumentType]
+            numbers = [first + number for number in range(num)]
+        except TypeError:
+            numbers = [as_index(seed) for seed in seeds]  # pyright: ignore[reportGeneralTypeIssues]
+        if any(not 0 <= seed < 2**64 for seed in numbers):
+            raise ValueError(f"seeds: expected integers from 0 to 2^64 - 1, got {seeds}")
     if len(numbers) != num:
         raise ValueError(f"seeds: expected one that counts up, or one for each of {num} pictures, got {len(numbers)}")
     return Noise(draw_noise(grids, channels, seeds=numbers, dtype=dtype, device=device), [*numbers])

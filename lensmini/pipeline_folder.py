@@ -113,7 +113,7 @@ def load_components(
         transformer,
         _load_autoencoder(source, autoencoder, dtype=dtype, device=device, hub=hub),
         _load_text_encoder(source, text_encoder, transformer, dtype, device, quantization, hub),
-        variant or guess_variant(str(path_or_repo)),
+        variant or guess_variant(str(source.resolve() if Path(path_or_repo).is_dir() else path_or_repo)),
     )
 
 
@@ -138,9 +138,9 @@ def _load_autoencoder(
     read_json(inside(folder, "config.json"))
     try:
         return load_autoencoder(folder, dtype=dtype, device=device, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # diffusers raise whatever a broken configuration makes them stumble over
         cause = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder}: expected an autoencoder in safetensors, found {cause}") from error
 

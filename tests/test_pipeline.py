@@ -162,7 +162,7 @@ def test_noise_is_bit_equal_alone_and_in_any_batch_and_counts_up_from_one_seed()
     pipe = tiny_pipeline(encoder=False, autoencoder=False)
     pipe.transformer.forward_packed = lambda tokens, t, text, layout: (seen.append(tokens), torch.zeros_like(tokens))[1]
     quick = {**QUICK, "guidance_scale": 1.0}
-    batch = pipe(prompt_embeds=[features(2)] * 3, height=32, width=48, seeds=7, **quick).images
+    batch = pipe(prompt_embeds=[features(2)] * 3, height=32, width=48, seeds=np.int64(7), **quick).images
     for i in range(3):
         alone = pipe(prompt_embeds=[features(2)], height=32, width=48, seeds=[7 + i], **quick).images[0]
         expected = torch.randn(6, 16, generator=torch.Generator().manual_seed(7 + i)).T.reshape(16, 2, 3)
@@ -441,6 +441,8 @@ def test_a_real_odd_grid_runs_through_the_model():
         ({"batch_size": 0}, "batch_size"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"seeds": [1, 2]}, "seeds"),
+        ({"seeds": 2**64}, "seeds: expected integers from 0 to"),
+        ({"seeds": [-1]}, "seeds: expected integers from 0 to"),
         ({"seeds": 1, "generator": torch.Generator()}, "seeds and generator"),
         ({"generator": [torch.Generator()] * 2}, "generator"),
         ({"latents": torch.zeros(1, 16, 2, 3), "height": 32, "width": 32}, "latents"),

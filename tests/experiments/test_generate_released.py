@@ -211,6 +211,11 @@ def test_a_broken_checkpoint_ends_in_a_sentence(config, folder, tmp_path):
     assert not list(config.out.glob("*.png"))
 
 
+def test_a_device_that_is_not_there_ends_in_a_sentence(config):
+    with pytest.raises(ValueError, match="device: expected one that works here, got 'gpu'"):
+        generate(replace(config, device="gpu"))
+
+
 def test_a_digest_names_the_content_and_not_the_place(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     first = digest_weights(str(folder))

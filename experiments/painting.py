@@ -1,18 +1,16 @@
-"""From text features to latents: guided sampling of packed pictures of any sizes."""
+"""From text features to latents as the miniature paints: seeded noise, guidance against no text at all."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lensmini.nn import LensTransformer
-from lensmini.packed import Layout, unpack
-from lensmini.sampling import empirical_mu, guide, initial_noise, sample_ode, time_grid
+from lensmini.painting import draw_noise, paint_packed
 
 __all__ = ["paint"]
 
 
-@torch.no_grad()
 def paint(
     model: LensTransformer,
     texts: Sequence[Tensor],
@@ -42,21 +40,7 @@ def paint(
     Returns:
         For each picture its latent ``[c, h_i, w_i]``, float32.
     """
-    device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
-    guided = guidance_scale != 1.0
-    lengths = [len(text) for text in texts]
-    layout = Layout.build(grids, text_lengths=lengths, device=device)
-    both = Layout.build([*grids] * 2, text_lengths=[*lengths, *[0] * len(texts)], device=device) if guided else layout
-    text_tokens = torch.cat(list(texts)).to(device, dtype)
-    shifts = [empirical_mu(h * w, num_steps) if mu is None else mu for h, w in grids]
-    noise = initial_noise(seeds, model.config.in_channels, layout, device=device)
-
-    def velocity(tokens: Tensor, t: Tensor) -> Tensor:
-        if not guided:
-            return model.forward_packed(tokens, t, text_tokens, layout)  # pyright: ignore[reportReturnType]
-        result = model.forward_packed(torch.cat([tokens, tokens]), torch.cat([t, t]), text_tokens, both)
-        cond, uncond = result.chunk(2)  # pyright: ignore[reportAttributeAccessIssue]
-        return guide(cond, uncond, guidance_scale, channel_dim=-1, rescale=rescale)
-
-    tokens = sample_ode(velocity, noise, time_grid(num_steps, shifts, device=device), layout=layout)
-    return unpack(tokens, layout)
+    noise = draw_noise(grids, model.config.in_channels, seeds=seeds)
+    blank = None if guidance_scale == 1 else [text[:0] for text in texts]
+    options: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": guidance_scale, "mu": mu, "rescale": rescale}
+    return paint_packed(model, noise, texts, blank, **options)

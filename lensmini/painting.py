@@ -90,6 +90,7 @@ def paint_packed(
     num_steps: int,
     guidance_scale: float = 1.0,
     rescale: bool = True,
+    mu: float | None = None,
     published_bf16: bool = False,
     on_step: OnStep | None = None,
 ) -> list[Tensor]:
@@ -107,6 +108,7 @@ def paint_packed(
         num_steps: steps, at least 1.
         guidance_scale: 1 follows the text without guidance, and the unconditional half does not run.
         rescale: restore the norms after guidance, as the released model does.
+        mu: time shift of the schedule; by default the released model's, from each picture's tokens and the steps.
         published_bf16: round as the published pipeline does, see :mod:`lensmini.published`: time, guidance and state.
             The unconditional half then runs at guidance 1 too, since its roundings stay.
         on_step: called after each step with its index, the times ``[b]`` at which the model was asked and the new
@@ -150,7 +152,8 @@ def paint_packed(
     )
     step = published_euler_step if published_bf16 else euler_step
     combine = published_guide if published_bf16 else guide
-    times = time_grid(num_steps, [empirical_mu(h * w, num_steps) for h, w in grids], device=weight.device)
+    shifts = [empirical_mu(h * w, num_steps) if mu is None else mu for h, w in grids]
+    times = time_grid(num_steps, shifts, device=weight.device)
 
     for index, (t, t_next) in enumerate(pairwise(times.t().contiguous())):
         seen = published_timestep(t, dtype=weight.dtype).to(t.dtype) if published_bf16 else t

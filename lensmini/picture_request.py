@@ -46,8 +46,11 @@ def check_parts(transformer: LensTransformer, autoencoder: Autoencoder | None, t
         ValueError: naming the component.
 
     Example:
-        >>> check_parts.__name__
-        'check_parts'
+        >>> from lensmini.nn import LensConfig
+        >>> transformer = LensTransformer(LensConfig(num_layers=1, num_attention_heads=1, enc_hidden_dim=8))
+        >>> check_parts(transformer, None, text_layers=3)
+        Traceback (most recent call last):
+        ValueError: text_encoder: expected 4 layers of features, got 3
     """
     config = transformer.config
     if config.output_dim != config.in_channels:

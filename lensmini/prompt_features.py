@@ -49,8 +49,10 @@ def cut_words(encoder: TextEncoder, prompt: str) -> str | None:
         None if all fits, else the words that are cut; "" if only the template behind the prompt is.
 
     Example:
-        >>> cut_words.__name__
-        'cut_words'
+        >>> from types import SimpleNamespace
+        >>> fits = SimpleNamespace(tokenize=lambda prompts: SimpleNamespace(truncated=[]))
+        >>> cut_words(fits, "a short prompt") is None
+        True
     """
     if not encoder.tokenize([prompt]).truncated:
         return None

@@ -46,7 +46,7 @@ class Constant:
     """A model whose velocity is one vector with text and another without, and which remembers what it was asked."""
 
     def __init__(self, channels: int = 4) -> None:
-        self.config = SimpleNamespace(in_channels=channels)
+        self.config = SimpleNamespace(in_channels=channels, num_text_layers=1, enc_hidden_dim=2)
         self.img_in = SimpleNamespace(weight=torch.zeros(1))
         generator = torch.Generator().manual_seed(2)
         self.cond, self.uncond = torch.randn(2, channels, generator=generator)
@@ -74,8 +74,9 @@ def load_published() -> tuple[dict[str, Tensor], dict[str, Any], LensTransformer
 
 def test_the_published_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, meta, model, text = load_published()
-    monkeypatch.setattr(painting, "initial_noise", lambda *_, **__: tensors["inputs.latents"][0])
     grid = (meta["height"] // 16, meta["width"] // 16)
+    noise = tensors["inputs.latents"][0].T.reshape(-1, *grid)
+    monkeypatch.setattr(painting, "draw_noise", lambda *_, **__: [noise])
     (latent,) = paint(
         model, [text], [grid], [0], num_steps=meta["steps"], guidance_scale=meta["guidance_scale"], mu=None
     )

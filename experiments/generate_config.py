@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lensmini.canvas import bucket_size
 from lensmini.data import MINIATURE_CANVASES
+from lensmini.pipeline.canvas import bucket_size
 
 __all__ = ["PRESETS", "UNSEEN_CANVASES", "GenerateConfig"]
 

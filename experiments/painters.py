@@ -229,6 +229,6 @@ def lora_row(config: PainterConfig) -> dict[str, Any]:
 def merge_adapter(model: LensTransformer, config: PainterConfig) -> None:
     """Merge the adapter into a model, if there is one."""
     if config.lora is not None:
-        from lensmini.lora import load_lora, merge_lora
+        from lensmini.checkpoints.lora import load_lora, merge_lora
 
         merge_lora(model, load_lora(config.lora.expanduser()), scale=config.lora_scale)

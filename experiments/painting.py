@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lensmini.nn import LensTransformer
-from lensmini.painting import draw_noise, paint_packed
+from lensmini.pipeline.painting import draw_noise, paint_packed
 
 __all__ = ["paint"]
 

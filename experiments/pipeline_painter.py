@@ -49,7 +49,7 @@ class PipelinePainter:
         return pipeline.num_inference_steps, pipeline.guidance_scale
 
     def check_size(self, height: int, width: int) -> None:
-        from lensmini.canvas import check_size
+        from lensmini.pipeline.canvas import check_size
 
         if not self._config.any_size:
             check_size(height, width)
@@ -114,7 +114,7 @@ class PipelinePainter:
     def _load(self) -> "LensPipeline":
         if self._loaded is None:
             from lensmini.pipeline import LensPipeline
-            from lensmini.prompt_cache import PromptCache, encoder_fingerprint
+            from lensmini.pipeline.prompt_cache import PromptCache, encoder_fingerprint
 
             config = self._config
             options: dict[str, Any] = {"check_sizes": not config.any_size}
@@ -147,10 +147,10 @@ class PipelinePainter:
 
 def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options: dict[str, Any]) -> "LensPipeline":
     from lensmini.checkpoints import load_transformer
+    from lensmini.checkpoints.text_loading import load_text_encoder
     from lensmini.nn import load_autoencoder
     from lensmini.pipeline import LensPipeline
-    from lensmini.pipeline_folder import guess_variant
-    from lensmini.text_loading import load_text_encoder
+    from lensmini.pipeline.folder import guess_variant
 
     transformer = load_transformer(source, **place)
     place = {**place, "local_files_only": config.local_files_only}

@@ -157,7 +157,7 @@ def test_compared_pipelines_start_from_the_same_noise(config, folder, tmp_path):
 
 
 def test_an_adapter_changes_the_pictures_and_is_named_in_their_rows(config, tmp_path):
-    from lensmini.lora import LoRA, save_lora
+    from lensmini.checkpoints.lora import LoRA, save_lora
 
     layers = {"transformer_blocks.0.attn.img_qkv": (torch.ones(2, 32), 0.3 * torch.ones(96, 2), 2.0)}
     save_lora(LoRA(layers), tmp_path / "lora.safetensors")

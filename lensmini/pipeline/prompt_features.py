@@ -17,7 +17,7 @@ __all__ = ["FeatureCache", "cut_words", "encode_prompts", "is_blank"]
 
 
 class FeatureCache(Protocol):
-    """What keeps features between calls: :class:`lensmini.prompt_cache.PromptCache`."""
+    """What keeps features between calls: :class:`lensmini.pipeline.prompt_cache.PromptCache`."""
 
     def get(self, prompt: str) -> Tensor | None:
         """Features ``[l, k, e]``, or None."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lensmini.mxfp4 import unpack_mxfp4
+from lensmini.checkpoints.mxfp4 import unpack_mxfp4
 from tests.golden_cases import golden
 from tests.strategies import seeds
 

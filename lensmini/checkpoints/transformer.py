@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lensmini.checkpoint_export import PREFIXES, export_diffusers, save_single_file, save_transformer
-from lensmini.checkpoint_files import (
+from lensmini.checkpoints.export import PREFIXES
+from lensmini.checkpoints.files import (
     CheckpointError,
     StoredFile,
     StoredValue,
@@ -23,19 +23,11 @@ from lensmini.checkpoint_files import (
     read_header,
     read_json,
 )
-from lensmini.checkpoint_folders import find_source, inside, read_weights_folder
-from lensmini.mxfp4 import unpack_mxfp4
+from lensmini.checkpoints.folders import find_source, inside, read_weights_folder
 from lensmini.nn.config import LensConfig
 from lensmini.nn.transformer import LensTransformer
 
-__all__ = [
-    "CheckpointError",
-    "export_diffusers",
-    "load_transformer",
-    "save_single_file",
-    "save_transformer",
-    "unpack_mxfp4",
-]
+__all__ = ["load_transformer"]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASSES = ("LensTransformer2DModel", "LensTransformer")
@@ -86,6 +78,7 @@ def load_transformer(
 
     Example:
         >>> import tempfile
+        >>> from lensmini.checkpoints import save_transformer
         >>> config = LensConfig(num_layers=1, num_attention_heads=1, enc_hidden_dim=8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_transformer(LensTransformer(config), folder)

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lensmini.checkpoint_files import CheckpointError, read_json
-from lensmini.checkpoint_folders import find_source, inside
-from lensmini.checkpoints import load_transformer
+from lensmini.checkpoints.files import CheckpointError, read_json
+from lensmini.checkpoints.folders import find_source, inside
+from lensmini.checkpoints.text_loading import load_text_encoder
+from lensmini.checkpoints.transformer import load_transformer
 from lensmini.nn import Autoencoder, LensTransformer, TextEncoder, load_autoencoder
-from lensmini.text_loading import load_text_encoder
 
 __all__ = ["VARIANTS", "Components", "guess_variant", "load_components"]
 
@@ -76,7 +76,7 @@ def load_components(
     Example:
         >>> load_components("no/such/folder")
         Traceback (most recent call last):
-        lensmini.checkpoint_files.CheckpointError: ...
+        lensmini.checkpoints.files.CheckpointError: ...
     """
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     wanted = ["transformer"]

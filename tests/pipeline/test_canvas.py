@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lensmini.canvas import bucket_size, check_size, nearest_size, picture_sizes
+from lensmini.pipeline.canvas import bucket_size, check_size, nearest_size, picture_sizes
 from tests.golden_cases import golden
 
 pixels = st.integers(-5, 4000)

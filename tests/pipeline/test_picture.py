@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lensmini.picture import read_metadata, save_png, to_picture
+from lensmini.pipeline.picture import read_metadata, save_png, to_picture
 
 PIXELS = (torch.arange(3 * 4 * 6) * 3).to(torch.uint8).view(3, 4, 6)
 ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=()), max_size=40)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lensmini.checkpoint_files import CheckpointError, parse_json
+from lensmini.checkpoints.files import CheckpointError, parse_json
 from lensmini.nn.text_encoder import TextEncoder
 from lensmini.shapes import check_shape
 

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from lensmini.nn import Autoencoder, to_uint8, unpatchify
-from lensmini.picture import to_picture
-from lensmini.published import published_denormalize
+from lensmini.pipeline.picture import to_picture
+from lensmini.pipeline.published import published_denormalize
 from lensmini.shapes import check_shape
 
 __all__ = ["OUTPUT_TYPES", "LensPipelineOutput", "decode_picture", "finish_pictures", "stack_equal"]
@@ -36,7 +36,7 @@ class LensPipelineOutput:
     """b images: PIL; or ``[b, 3, H, W]`` ("pt") and ``[b, H, W, 3]`` ("np") in [0, 1]; or latents ``[b, c, h, w]``.
     Lists of b arrays where sizes differ."""
     metadata: list[dict[str, Any]]
-    """For each image how it was made; PIL images carry it too, see :func:`lensmini.picture.save_png`."""
+    """For each image how it was made; PIL images carry it too, see :func:`lensmini.pipeline.picture.save_png`."""
 
 
 @torch.no_grad()

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from lensmini import text_loading
-from lensmini.checkpoint_files import CheckpointError
-from lensmini.checkpoints import export_diffusers
+from lensmini.checkpoints import export_diffusers, text_loading
+from lensmini.checkpoints.files import CheckpointError
+from lensmini.checkpoints.text_loading import load_text_encoder
 from lensmini.nn import LensConfig, LensTransformer
-from lensmini.text_loading import load_text_encoder
 from tests.golden_cases import golden
 from tests.nn.test_text_encoder import make_model, make_tokenizer
 
@@ -269,7 +268,7 @@ def test_transformers_own_fallback_is_not_mistaken_for_packed(packed, monkeypatc
 def test_everything_works_with_the_hub_switched_off(packed, tmp_path):
     script = (
         "import sys, torch, warnings; torch.set_num_threads(1); warnings.simplefilter('ignore')\n"
-        "from lensmini.text_loading import load_text_encoder\n"
+        "from lensmini.checkpoints.text_loading import load_text_encoder\n"
         "encoder = load_text_encoder(sys.argv[1], layers=(0, 1))\n"
         "print(encoder(['a red cube'])[1].sum().item())\n"
         "try:\n    load_text_encoder('openai/gpt-oss-20b', cache_dir=sys.argv[2])\n"
@@ -277,7 +276,7 @@ def test_everything_works_with_the_hub_switched_off(packed, tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(packed[0]), str(tmp_path)],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
         env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     lines = run.stdout.splitlines()

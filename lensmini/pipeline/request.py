@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lensmini.canvas import check_size
-from lensmini.decoding import OUTPUT_TYPES
 from lensmini.nn import Autoencoder, LensTransformer
-from lensmini.painting import draw_noise
+from lensmini.pipeline.canvas import check_size
+from lensmini.pipeline.decoding import OUTPUT_TYPES
+from lensmini.pipeline.painting import draw_noise
 from lensmini.shapes import check_shape
 
 __all__ = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lensmini.published import published_denormalize, published_euler_step, published_guide, published_timestep
+from lensmini.pipeline.published import published_denormalize, published_euler_step, published_guide, published_timestep
 from lensmini.sampling import guide
 from tests.golden_cases import golden
 from tests.strategies import tensor

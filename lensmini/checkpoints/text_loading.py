@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lensmini.checkpoint_files import CheckpointError, list_names, read_json
+from lensmini.checkpoints.files import CheckpointError, list_names, read_json
+from lensmini.checkpoints.text_folders import TEXT_FILES, fetch_files, find_model_folder
 from lensmini.nn.text_encoder import TextEncoder
-from lensmini.text_folders import TEXT_FILES, fetch_files, find_model_folder
 
 __all__ = ["load_text_encoder"]
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lensmini.checkpoint_files import CheckpointError, StoredFile, list_names, read_header, read_json
+from lensmini.checkpoints.files import CheckpointError, StoredFile, list_names, read_header, read_json
 
 __all__ = ["INDEX_SUFFIX", "WEIGHTS_NAME", "find_source", "inside", "read_weights_folder"]
 

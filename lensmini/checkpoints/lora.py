@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lensmini.lora_files import LoRA, LoRALayer, load_lora, save_lora
+from lensmini.checkpoints.lora_files import LoRA, LoRALayer, load_lora, save_lora
 
 __all__ = ["LoRA", "LoRALayer", "MergedLoRA", "apply_lora", "load_lora", "merge_lora", "save_lora", "unmerge_lora"]
 

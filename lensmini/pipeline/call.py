@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from lensmini import __version__
-from lensmini.canvas import picture_sizes
-from lensmini.decoding import LensPipelineOutput, finish_pictures, stack_equal
 from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
-from lensmini.painting import paint_packed
-from lensmini.picture_request import (
+from lensmini.pipeline.canvas import picture_sizes
+from lensmini.pipeline.decoding import LensPipelineOutput, finish_pictures, stack_equal
+from lensmini.pipeline.folder import VARIANTS, load_components
+from lensmini.pipeline.painting import paint_packed
+from lensmini.pipeline.prompt_features import FeatureCache, encode_prompts, is_blank
+from lensmini.pipeline.request import (
     check_options,
     check_parts,
     check_sizes,
@@ -26,8 +28,6 @@ from lensmini.picture_request import (
     latent_sizes,
     read_prompts,
 )
-from lensmini.pipeline_folder import VARIANTS, load_components
-from lensmini.prompt_features import FeatureCache, encode_prompts, is_blank
 
 __all__ = ["LensPipeline", "LensPipelineOutput"]
 
@@ -44,8 +44,9 @@ class LensPipeline:
         variant: "Lens-Base", "Lens" or "Lens-Turbo", for the default steps and guidance; None is the released
             pipeline's own 50 and 4.0.
         prompt_cache: keeps text features between calls.
-        check_sizes: refuse sizes that the released model was not made for (:func:`lensmini.canvas.check_size`). Without
-            it sides need only be multiples of the autoencoder's, as small models want.
+        check_sizes: refuse sizes that the released model was not made for
+            (:func:`lensmini.pipeline.canvas.check_size`). Without it sides need only be multiples of the
+            autoencoder's, as small models want.
         free_after_encoding: drop the text encoder as soon as the first call has encoded its prompts.
 
     Raises:
@@ -114,7 +115,7 @@ class LensPipeline:
             device: where to put them.
             text_encoder: True for the pipeline's own, False for none, or an encoder, its folder or repository.
             autoencoder: likewise.
-            quantization: of the text encoder, see :func:`lensmini.text_loading.load_text_encoder`.
+            quantization: of the text encoder, see :func:`lensmini.checkpoints.text_loading.load_text_encoder`.
             variant: for the default steps and guidance; by default the one that ``model_index.json`` or the name says.
             revision: branch, tag or commit of the repository.
             cache_dir: the Hub's cache folder.
@@ -171,7 +172,7 @@ class LensPipeline:
     def encode_prompt(
         self, prompts: str | Sequence[str], *, too_long: Literal["warn", "error"] = "warn", name: str = "prompt"
     ) -> list[Tensor]:
-        """Text features of prompts, for ``prompt_embeds``; see :func:`lensmini.prompt_features.encode_prompts`.
+        """Text features of prompts, for ``prompt_embeds``; see :func:`lensmini.pipeline.prompt_features.encode_prompts`.
 
         Args:
             prompts: one text or several; a blank one goes through the template like any other.
@@ -241,7 +242,7 @@ class LensPipeline:
             output_type: "pil", "pt" or "np" in [0, 1], or "latent".
             return_dict: False returns ``(images,)``.
             published_bf16: round as the published bf16 pipeline does (time, guidance, state and latent statistics; see
-                :mod:`lensmini.published`) and draw noise in bf16, as its seeds want. Twice the cost at guidance 1.
+                :mod:`lensmini.pipeline.published`) and draw noise in bf16, as its seeds want. Twice the cost at guidance 1.
             rescale_guidance: restore the norms after guidance, as the released model does.
             batch_size: pictures per forward pass; by default all.
             too_long: "warn" cuts prompts that do not fit and says what was cut, "error" refuses them.

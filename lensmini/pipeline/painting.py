@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lensmini.nn import LensTransformer
 from lensmini.packed import Layout, pack, unpack
-from lensmini.published import published_euler_step, published_guide, published_timestep
+from lensmini.pipeline.published import published_euler_step, published_guide, published_timestep
 from lensmini.sampling import empirical_mu, euler_step, guide, initial_noise, time_grid
 from lensmini.shapes import check_shape
 
@@ -109,7 +109,7 @@ def paint_packed(
         guidance_scale: 1 follows the text without guidance, and the unconditional half does not run.
         rescale: restore the norms after guidance, as the released model does.
         mu: time shift of the schedule; by default the released model's, from each picture's tokens and the steps.
-        published_bf16: round as the published pipeline does, see :mod:`lensmini.published`: time, guidance and state.
+        published_bf16: round as the published pipeline does, see :mod:`lensmini.pipeline.published`: time, guidance and state.
             The unconditional half then runs at guidance 1 too, since its roundings stay.
         on_step: called after each step with its index, the times ``[b]`` at which the model was asked and the new
             latents; latents that it returns replace them.

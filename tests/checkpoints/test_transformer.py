@@ -209,7 +209,7 @@ def test_at_most_one_tensor_is_in_memory_besides_the_model(tmp_path, dtypes):
         import re, sys, torch
         from pathlib import Path
         torch.set_num_threads(1)
-        from lensmini import checkpoints
+        from lensmini.checkpoints import transformer as checkpoints
         def anonymous():
             return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
         checkpoints.load_transformer(sys.argv[1], dtype={dtypes[1]})  # whatever is imported or kept, once
@@ -582,7 +582,7 @@ class TestSaving:
             Path(args[1]).write_bytes(b"half")
             raise OSError("no space left")
 
-        monkeypatch.setattr("lensmini.checkpoint_export.save_file", full)
+        monkeypatch.setattr("lensmini.checkpoints.export.save_file", full)
         with pytest.raises(OSError, match="no space"):
             save_transformer(model, tmp_path / "a")
         with pytest.raises(OSError, match="no space"):

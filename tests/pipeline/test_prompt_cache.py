@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lensmini.nn.text_encoder import TextEncoder
-from lensmini.prompt_cache import PromptCache, encoder_fingerprint
+from lensmini.pipeline.prompt_cache import PromptCache, encoder_fingerprint
 from tests.nn.test_text_encoder import TAIL_TOKENS, TEMPLATE, make_model, make_tokenizer, prompt_encoder
 from tests.strategies import seeds, tensor
 
@@ -234,12 +234,12 @@ def test_the_fingerprint_does_not_depend_on_what_the_features_do_not():
 def test_the_fingerprint_is_the_same_in_another_process():
     script = (
         "import torch; torch.set_num_threads(1)\nfrom tests.nn.test_text_encoder import make_model, prompt_encoder\n"
-        "from lensmini.prompt_cache import encoder_fingerprint\n"
+        "from lensmini.pipeline.prompt_cache import encoder_fingerprint\n"
         "print(encoder_fingerprint(prompt_encoder(make_model('GptOss'))))"
     )
     run = subprocess.run(
         [sys.executable, "-c", script],
-        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert run.stdout.split()[-1:] == [encoder_fingerprint(prompt_encoder(make_model("GptOss")))], run.stderr[-1000:]
 

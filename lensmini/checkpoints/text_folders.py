@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lensmini.checkpoint_files import CheckpointError, list_names, read_header, read_json
+from lensmini.checkpoints.files import CheckpointError, list_names, read_header, read_json
 
 __all__ = ["TEXT_FILES", "fetch_files", "find_model_folder"]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lensmini.checkpoint_files import CheckpointError
-from lensmini.lora import LoRA, apply_lora, load_lora, merge_lora, save_lora, unmerge_lora
+from lensmini.checkpoints.files import CheckpointError
+from lensmini.checkpoints.lora import LoRA, apply_lora, load_lora, merge_lora, save_lora, unmerge_lora
 from lensmini.nn import LensConfig, LensTransformer
 from tests.strategies import seeds, tensor
 
@@ -206,7 +206,7 @@ def test_an_error_on_the_way_restores_what_had_changed(monkeypatch):
             raise KeyboardInterrupt
         return 0
 
-    monkeypatch.setattr("lensmini.lora._checksum", fails_late)
+    monkeypatch.setattr("lensmini.checkpoints.lora._checksum", fails_late)
     with pytest.raises(KeyboardInterrupt):
         merge_lora(model, adapter())
     assert equal_bits(model, before)

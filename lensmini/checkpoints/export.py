@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lensmini.checkpoint_files import CheckpointError, list_names, read_json
-from lensmini.checkpoint_folders import INDEX_SUFFIX, WEIGHTS_NAME
+from lensmini.checkpoints.files import CheckpointError, list_names, read_json
+from lensmini.checkpoints.folders import INDEX_SUFFIX, WEIGHTS_NAME
 from lensmini.nn.transformer import LensTransformer
 
 __all__ = ["export_diffusers", "save_single_file", "save_transformer"]

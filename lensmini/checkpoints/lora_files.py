@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lensmini.checkpoint_files import CheckpointError, parse_json, read_header, read_json
+from lensmini.checkpoints.files import CheckpointError, parse_json, read_header, read_json
 from lensmini.nn.config import LensConfig
 from lensmini.nn.transformer import LensTransformer
 from lensmini.shapes import check_shape

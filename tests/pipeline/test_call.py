@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lensmini.canvas import bucket_size
 from lensmini.nn import Autoencoder, LatentNormalizer, LensConfig, LensTransformer, TextEncoder, load_autoencoder
-from lensmini.picture import read_metadata, save_png
 from lensmini.pipeline import LensPipeline
-from lensmini.pipeline_folder import guess_variant
-from lensmini.prompt_cache import PromptCache
+from lensmini.pipeline.canvas import bucket_size
+from lensmini.pipeline.folder import guess_variant
+from lensmini.pipeline.picture import read_metadata, save_png
+from lensmini.pipeline.prompt_cache import PromptCache
 from lensmini.sampling import empirical_mu, guide, time_grid
 from tests.golden_cases import golden
 from tests.nn.test_golden import error, load_model, to_latents, to_tokens

@@ -28,7 +28,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[dev,diffusers,xformers]"
+	$(PIP) install $(PIP_ARGS) -c constraints.txt -e ".[dev,data,diffusers,endpoints,lora,ray,xformers]"
 	@touch $@
 
 quickstart: setup

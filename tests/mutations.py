@@ -551,6 +551,49 @@ MUTATIONS = [
         "cost",
         ("tests/data/test_exchange.py",),
     ),
+    # Pictures and their sources
+    Mutation(
+        "half-turn pictures quarter turned",
+        "data/pictures.py",
+        "6: (3, False)",
+        "6: (1, False)",
+        ("tests/data/test_pictures.py::test_pictures_are_upright_as_pillow_turns_them",),
+    ),
+    Mutation(
+        "transparency over black",
+        "data/pictures.py",
+        "255 * (255 - opaque) + 127",
+        "255 * (255 - opaque)",
+        ("tests/data/test_pictures.py::test_transparency_lies_over_white",),
+    ),
+    Mutation(
+        "deep grey cut",
+        "data/pictures.py",
+        "    full = 65_535.0",
+        "    full = 65_280.0",
+        ("tests/data/test_pictures.py::test_deep_grey_is_scaled_not_cut",),
+    ),
+    Mutation(
+        "checksums ignored",
+        "data/picture_bytes.py",
+        "if zlib.crc32(view[at + 4 : end]) !=",
+        "if False and zlib.crc32(view[at + 4 : end]) !=",
+        ("tests/data/test_pictures.py::test_any_flipped_bit_of_a_png_is_found",),
+    ),
+    Mutation(
+        "a scan needs no end",
+        "data/picture_bytes.py",
+        "        at += 2 + length\n        if marker == 0xDA:",
+        "        if marker == 0xDA:\n            return size\n        at += 2 + length\n        if marker == 0xDA:",
+        ("tests/data/test_pictures.py::test_a_jpeg_without_its_end_marker_is_truncated",),
+    ),
+    Mutation(
+        "nonsense in a tar skipped",
+        "data/source_tars.py",
+        "    if any(block):",
+        "    if False:",
+        ("tests/data/test_sources.py::test_nonsense_inside_a_tar_is_named_and_costs_nothing_before_it",),
+    ),
 ]
 
 

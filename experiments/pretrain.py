@@ -22,9 +22,10 @@ from torch import Tensor
 
 from experiments.bank import Batch, FeatureBank
 from experiments.dry_run import describe_run
+from experiments.folder_data import FolderConfig, FolderError, check_folder, folder_banks
 from experiments.miniature.world import Miniature, MiniatureConfig, prepare_miniature
 from experiments.pictures import save_grid
-from experiments.pretrain_data import FolderConfig, FolderError, SceneConfig, find_pictures, folder_banks, scene_banks
+from experiments.pretrain_data import SceneConfig, scene_banks
 from experiments.runs import (
     RunConfig,
     StopRequest,
@@ -323,7 +324,7 @@ def main(config: PretrainConfig) -> None:
             raise SystemExit("stage1 and stage2 need the cluster engine, which is not here yet: use --dry-run")
         return
     if isinstance(config.data, FolderConfig):
-        find_pictures(config.data)
+        check_folder(config.data)
     check_same_run(config.run.out, config)
     config.run.out.mkdir(parents=True, exist_ok=True)
     write_json(config.run.out / "config.json", config)

@@ -303,11 +303,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def progress(total: int, initial: int = 0, description: str = "", *, rank: int = 0, position: int = 0) -> "tqdm[Any]":
+def progress(
+    total: int | None, initial: int = 0, description: str = "", *, rank: int = 0, position: int = 0
+) -> "tqdm[Any]":
     """A progress bar with rate and time left, silent on every rank but 0.
 
     Args:
-        total: steps of the whole run.
+        total: steps of the whole run; None if nobody knows.
         initial: steps already done before a resume.
         description: what is running.
         rank: of this process.

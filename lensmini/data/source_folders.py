@@ -85,8 +85,17 @@ class FolderSource:
         return [Unit(i, items[at][0], tuple(items[at : at + self.unit_size])) for i, at in enumerate(starts)]
 
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed or written."""
-        return hashlib.sha256(json.dumps(sorted(self._items(""))).encode()).hexdigest()
+        """Changes when a file is added, removed, renamed or written: pictures, captions and metadata tables."""
+        items = sorted(self._items(""))
+        beside = sorted({str(name) for item in items for name in item[4:6] if name})
+        return hashlib.sha256(json.dumps([items, [self._state(name) for name in beside]]).encode()).hexdigest()
+
+    def _state(self, name: str) -> tuple[int, int]:
+        try:
+            state = os.stat(self.path / name)
+        except OSError:
+            return -1, -1
+        return state.st_size, state.st_mtime_ns
 
     def read(self, unit: Unit) -> Iterator[RawSample | Dropped]:
         """What becomes of every file of a unit, in order.

@@ -103,6 +103,16 @@ def test_nonsense_inside_a_tar_is_named_and_costs_nothing_before_it(tmp_path):
     assert [getattr(s, "cause", "kept") for s in everything(TarSource(tmp_path / "x.tar"))] == ["kept", "damaged tar"]
 
 
+@pytest.mark.parametrize("file", ["a.txt", "a.json", "metadata.jsonl", "a.png"])
+def test_a_fingerprint_changes_with_every_file_that_matters(tmp_path, file):
+    for name in ("a.png", "a.txt", "a.json", "metadata.jsonl"):
+        (tmp_path / name).write_text("{}")
+    before = FolderSource(tmp_path).fingerprint()
+    assert FolderSource(tmp_path).fingerprint() == before
+    (tmp_path / file).write_text("{ }")
+    assert FolderSource(tmp_path).fingerprint() != before
+
+
 def test_a_file_that_changes_after_the_listing_is_a_cause(tmp_path):
     (tmp_path / "a.png").write_bytes(b"one")
     source = FolderSource(tmp_path)

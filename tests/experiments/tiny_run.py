@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from experiments import pretrain, runs, training
+from experiments.folder_data import FolderConfig
 from experiments.miniature.autoencoder import smallest_autoencoder, train_autoencoder
 from experiments.miniature.language_model import smallest_language_model, train_language_model
 from experiments.miniature.world import MiniatureConfig
 from experiments.pretrain import EvalConfig, PretrainConfig
-from experiments.pretrain_data import FolderConfig, SceneConfig
+from experiments.pretrain_data import SceneConfig
 from experiments.runs import RunConfig, cached_stage
 from experiments.training import OptimConfig
 from lensmini.nn import LensConfig

@@ -7,6 +7,7 @@ told apart by the environment variables that it reads. Samples are integers; 64 
 ranks (a constant global batch, which streaming's elastic determinism asks for).
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -122,7 +123,7 @@ def streaming_rank(
 def webdataset_rows(folder: Path) -> dict[str, Any]:
     """WebDataset's pipelines, seeded in the ways that it offers; it has no state to save."""
     try:
-        import webdataset
+        webdataset: Any = importlib.import_module("webdataset")  # its names are found at run time
     except ImportError:
         return {}
     folder.mkdir()

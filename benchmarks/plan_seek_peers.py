@@ -6,12 +6,14 @@ seconds at each place. Needs neither lensmini nor its packages.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PLACES = (0.0, 0.5, 0.9)
 
@@ -53,7 +55,7 @@ def measure_streaming(folder: Path, num_samples: int, repeats: int) -> dict[str,
 
 def measure_webdataset(folder: Path, num_samples: int, repeats: int) -> dict[str, object]:
     """A WebDataset with shuffled shards and its usual buffer of 1,000; it keeps no place, so it reads and discards."""
-    import webdataset
+    webdataset: Any = importlib.import_module("webdataset")  # its names are found at run time
 
     shards = max(1, num_samples // 10_000)
     with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=-(-num_samples // shards), verbose=0) as writer:

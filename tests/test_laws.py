@@ -669,6 +669,8 @@ ENTRIES = [
 
 EXCLUDED = {
     "lensmini.data.collate.PackedBatch": "a record of tensors; tests/data/test_collate.py",
+    "lensmini.data.pictures.Picture": "a record of a tensor; tests/data/test_pictures.py",
+    "lensmini.data.pictures.encode_picture": "a picture to bytes of a file; tests/data/test_pictures.py",
     "lensmini.data.collate.Sample": "a record of tensors without operations",
     "lensmini.pipeline.decoding.decode_picture": "wraps a diffusers decoder; tests/pipeline/test_call.py",
     "lensmini.pipeline.decoding.finish_pictures": "returns pictures; tests/pipeline/test_call.py",

@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.plan_seek
 	$(BIN)/python -m benchmarks.plan_balance
 	$(BIN)/python -m benchmarks.plan_resume
+	$(BIN)/python -m benchmarks.shards
 
 peers: setup
 	$(BIN)/python -m venv .venv-peers

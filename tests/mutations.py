@@ -594,6 +594,49 @@ MUTATIONS = [
         "    if False:",
         ("tests/data/test_sources.py::test_nonsense_inside_a_tar_is_named_and_costs_nothing_before_it",),
     ),
+    # Shards
+    Mutation(
+        "a shard longer than allowed",
+        "data/shard_writer.py",
+        "shard.num_bytes + len(data) + 1024 > shard_bytes",
+        "shard.num_bytes + len(data) > shard_bytes",
+        ("tests/data/test_shards.py::test_a_shard_is_as_long_as_allowed_and_no_longer",),
+    ),
+    Mutation(
+        "dots left in shard keys",
+        "data/shard_writer.py",
+        '.replace(".", "%2E")',
+        "",
+        ("tests/data/test_shards.py::test_any_key_comes_back_from_a_name_that_webdataset_splits_rightly",),
+    ),
+    Mutation(
+        "what stood behind a shorter shard is kept",
+        "data/shard_writer.py",
+        "if self._old is not None and self._old.read(1):",
+        "if False:",
+        ("tests/data/test_shards.py::test_only_shards_that_differ_are_written_again",),
+    ),
+    Mutation(
+        "manifest in the order tasks ended",
+        "data/shard_writer.py",
+        "places.sort(key=lambda place: place[0].name)",
+        "places.reverse()",
+        ("tests/data/test_shards.py::test_the_order_in_which_tasks_end_does_not_matter",),
+    ),
+    Mutation(
+        "samples unchecked",
+        "data/shards.py",
+        "if checksum(data) != int(sums[row]):",
+        "if False:",
+        ("tests/data/test_shards.py::test_damage_costs_what_is_damaged_and_names_it",),
+    ),
+    Mutation(
+        "samples cut by damage are called something else",
+        "data/tar_index.py",
+        '"cut by damage" if damaged else cause',
+        "cause",
+        ("tests/data/test_shards.py::test_a_damaged_tar_gives_what_came_before",),
+    ),
 ]
 
 

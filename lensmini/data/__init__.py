@@ -52,6 +52,9 @@ from lensmini.data.scenes import (
     render_scenes,
     sample_scene,
 )
+from lensmini.data.shard_files import ShardFiles, ShardInfo
+from lensmini.data.shard_writer import ShardSample, merge_manifests, write_shards
+from lensmini.data.shards import DAMAGE_CAUSES, Damage, DamagedSample, RawMembers, ShardReader
 from lensmini.data.sources import (
     CAPTION_PROBLEMS,
     SOURCE_CAUSES,
@@ -64,12 +67,14 @@ from lensmini.data.sources import (
     Unit,
     open_source,
 )
+from lensmini.data.tar_index import index_tars
 from lensmini.data.transforms import crop_fraction, resize_and_crop
 
 __all__ = [
     "BACKGROUNDS",
     "CAPTION_PROBLEMS",
     "COLOURS",
+    "DAMAGE_CAUSES",
     "KINDS",
     "LENS_1440_BUCKETS",
     "LENS_BUCKETS",
@@ -90,6 +95,8 @@ __all__ = [
     "BatchPlan",
     "Bucket",
     "BucketBatchSampler",
+    "Damage",
+    "DamagedSample",
     "Dropped",
     "FolderSource",
     "FoundObject",
@@ -101,6 +108,7 @@ __all__ = [
     "PlanReport",
     "PlannedStep",
     "Question",
+    "RawMembers",
     "RawSample",
     "Sample",
     "SampleIndex",
@@ -108,6 +116,10 @@ __all__ = [
     "SceneObject",
     "ScenePrompt",
     "SceneReading",
+    "ShardFiles",
+    "ShardInfo",
+    "ShardReader",
+    "ShardSample",
     "Source",
     "StepTotals",
     "SuiteScore",
@@ -121,8 +133,10 @@ __all__ = [
     "crop_fraction",
     "describe_scene",
     "encode_picture",
+    "index_tars",
     "loss_weights",
     "make_buckets",
+    "merge_manifests",
     "open_source",
     "permute",
     "permute_windows",
@@ -135,4 +149,5 @@ __all__ = [
     "sample_scene",
     "score_images",
     "verify_scene",
+    "write_shards",
 ]

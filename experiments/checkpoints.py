@@ -37,6 +37,8 @@ def find_checkpoint(path: Path | None) -> Path:
         found = latest_checkpoint(run)
         if found is not None:
             return found[0]
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"checkpoint: expected a run, a folder, a file or a Hub repository, found no {path}")
     where = path if path is not None else " or ".join(run.as_posix() for run in _RUNS)
     raise FileNotFoundError(
         f"no checkpoint in {where}: train one with `python -m experiments.quickstart` (about 8 minutes on two cores)"

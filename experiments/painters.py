@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,9 +14,6 @@ from experiments.scoring import paint_prompts
 from experiments.weights_digest import digest_weights
 from lensmini.data import SCENE_VOCABULARY
 from lensmini.nn import LensTransformer
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "PaintSettings",
@@ -231,4 +228,4 @@ def merge_adapter(model: LensTransformer, config: PainterConfig) -> None:
     if config.lora is not None:
         from lensmini.checkpoints.lora import load_lora, merge_lora
 
-        merge_lora(model, load_lora(config.lora.expanduser()), scale=config.lora_scale)
+        merge_lora(model, load_lora(config.lora.expanduser()), scale=config.lora_scale, keep=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from experiments.runs import append_jsonl, config_dict
+from lensmini.pipeline.picture import save_png, to_picture
 
 __all__ = ["PictureStore", "claim", "picture_key"]
 
@@ -59,19 +60,14 @@ class PictureStore:
         return next(self._free)
 
     def add(self, row: Mapping[str, Any], picture: Tensor) -> None:
-        """Write a picture, whole or not at all, and then its row.
+        """Write a picture with its row inside it, whole or not at all, and then the row.
 
         Args:
             row: with ``file``, from :meth:`name`.
             picture: ``[3, h, w]`` uint8.
         """
-        from PIL import Image
-
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / row["file"]
-        temporary = path.with_name(f".{path.name}.tmp")
-        Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(temporary, format="PNG")
-        temporary.replace(path)
+        save_png(to_picture(picture, config_dict(row)), self.out / row["file"])
         size = len(json.dumps(config_dict(row))) + 1
         with _lock(self.out / ".pictures.lock", wait=True):
             append_jsonl(self.index, row)

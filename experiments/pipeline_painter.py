@@ -11,6 +11,10 @@ from torch import Tensor
 
 from experiments.painters import PainterConfig, PaintSettings, lora_row, merge_adapter
 from experiments.weights_digest import digest_weights
+from lensmini.checkpoints.autoencoder import AUTOENCODER_FILES, load_checked_autoencoder
+from lensmini.checkpoints.folders import find_source
+from lensmini.checkpoints.text_folders import find_model_folder
+from lensmini.pipeline.folder import default_sampling, find_pipeline, guess_variant
 
 if TYPE_CHECKING:
     from lensmini.pipeline import LensPipeline
@@ -34,9 +38,9 @@ class PipelinePainter:
         self.source = _part(path)
         self._check_parts()
         named = [part.expanduser() for part in (config.text_encoder, config.autoencoder) if part is not None]
-        if not all(part.exists() for part in (Path(self.source), *named)):
-            # What the Hub has is named by its content once it is here.
-            self._load()
+        _check_device(config.device)
+        # What the Hub has is named by its content once it is here.
+        self._steps, self._scale = default_sampling(self._fetch())
         self.digest = digest_weights(self.source, without=_named_apart(config), revision=config.revision)
         self.fields = {"dtype": config.dtype or "bfloat16", "weights_sha256": self.digest, **lora_row(config)}
         if named:
@@ -45,8 +49,7 @@ class PipelinePainter:
             self.fields["published_bf16"] = True
 
     def defaults(self) -> tuple[int, float]:
-        pipeline = self._load()
-        return pipeline.num_inference_steps, pipeline.guidance_scale
+        return self._steps, self._scale
 
     def check_size(self, height: int, width: int) -> None:
         from lensmini.pipeline.canvas import check_size
@@ -111,6 +114,19 @@ class PipelinePainter:
                 f" transformer alone, got {config.text_encoder} and {config.autoencoder}"
             )
 
+    def _fetch(self) -> str | None:
+        """Bring what is on the Hub here and tell the variant, with no weights in memory."""
+        config = self._config
+        offline = {"local_files_only": config.local_files_only}
+        if config.text_encoder is not None and not config.text_encoder.expanduser().exists():
+            find_model_folder(config.text_encoder.as_posix(), None, {"revision": None, "cache_dir": None, **offline})
+        if config.autoencoder is not None and not config.autoencoder.expanduser().exists():
+            find_source(config.autoencoder.as_posix(), allow_patterns=AUTOENCODER_FILES, **offline)
+        if self._is_transformer_alone:
+            return guess_variant(Path(self.source).stem)
+        own = {"text_encoder": config.text_encoder is None, "autoencoder": config.autoencoder is None}
+        return find_pipeline(self.source, **own, revision=config.revision, **offline)[1]
+
     def _load(self) -> "LensPipeline":
         if self._loaded is None:
             from lensmini.pipeline import LensPipeline
@@ -118,11 +134,6 @@ class PipelinePainter:
 
             config = self._config
             options: dict[str, Any] = {"check_sizes": not config.any_size}
-            try:
-                torch.empty(0, device=config.device)
-            except (RuntimeError, AssertionError) as error:
-                cause = str(error).partition("\n")[0]
-                raise ValueError(f"device: expected one that works here, got {config.device!r}: {cause}") from None
             place = {"dtype": getattr(torch, config.dtype or "bfloat16"), "device": config.device}
             if self._is_transformer_alone:
                 self._loaded = _assemble(self.source, config, place, options)
@@ -148,9 +159,7 @@ class PipelinePainter:
 def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options: dict[str, Any]) -> "LensPipeline":
     from lensmini.checkpoints import load_transformer
     from lensmini.checkpoints.text_loading import load_text_encoder
-    from lensmini.nn import load_autoencoder
     from lensmini.pipeline import LensPipeline
-    from lensmini.pipeline.folder import guess_variant
 
     transformer = load_transformer(source, **place)
     place = {**place, "local_files_only": config.local_files_only}
@@ -160,9 +169,16 @@ def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options
         layers = transformer.config.selected_layer_index
         encoder = load_text_encoder(_part(config.text_encoder), subfolder=within, layers=layers, **place)
     assert config.autoencoder is not None
-    within = "vae" if (config.autoencoder.expanduser() / "vae").is_dir() else None
-    autoencoder = load_autoencoder(_part(config.autoencoder), subfolder=within, **place)
+    autoencoder = load_checked_autoencoder(_part(config.autoencoder), **place)
     return LensPipeline(transformer, autoencoder, encoder, variant=guess_variant(Path(source).stem), **options)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"device: expected one that works here, got {device!r}: {cause}") from None
 
 
 def _part(path: Path) -> str:

@@ -6,8 +6,10 @@ safetensors are ever read: no pickle, no code.
 
 import json
 import math
+import os
+import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ __all__ = [
     "parse_json",
     "read_header",
     "read_json",
+    "replace_file",
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -260,3 +263,31 @@ def _kind(start: bytes, size: int) -> str:
     if start.startswith(b"GGUF"):
         return "a GGUF file"
     return f"{size} bytes that do not start with a header that fits: truncated or damaged"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a file, then rename: readers see the old one or the new one, and a crash leaves one of them.
+
+    Args:
+        path: the file; its folder must exist. The new file gets the permissions of the process's umask.
+        write: is given the path to write to, which exists and is empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_file(Path(folder, "a"), lambda part: part.write_text("new"))
+        ...     os.listdir(folder)
+        ['a']
+    """
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(part.stat().st_mode)
+    try:
+        write(part)
+        part.chmod(mode)  # safetensors puts a file of its own in place of it
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lensmini.checkpoints.files import CheckpointError, StoredFile, list_names, read_header, read_json
 
-__all__ = ["INDEX_SUFFIX", "WEIGHTS_NAME", "find_source", "inside", "read_weights_folder"]
+__all__ = ["INDEX_SUFFIX", "WEIGHTS_NAME", "find_local", "find_source", "inside", "read_weights_folder"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -44,11 +44,13 @@ def find_source(
         PosixPath('.')
     """
     text = os.fspath(path_or_repo)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = find_local(text)
+    if path is not None:
         return path
     if isinstance(path_or_repo, os.PathLike) or text.endswith(".safetensors") or not _REPOSITORY.fullmatch(text):
-        raise CheckpointError(f"{text}: expected a folder, a safetensors file or a Hub repository, found no such file")
+        raise CheckpointError(
+            f"{text[:500]}: expected a folder, a safetensors file or a Hub repository, found no such file"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -62,6 +64,20 @@ def find_source(
             f"{text}: expected a local path, or a Hub repository that is cached or can be reached, found "
             f"{type(error).__name__}: {cause}. To work offline, download the repository beforehand and give its folder"
         ) from error
+
+
+def find_local(text: str | os.PathLike[str]) -> Path | None:
+    """The file or folder of that name, ``~`` expanded; None if there is none or there cannot be one.
+
+    Example:
+        >>> find_local("."), find_local("no/such/file"), find_local("~no_such_user/a"), find_local("a" * 300)
+        (PosixPath('.'), None, None, None)
+    """
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown user, a NUL
+        return None
 
 
 def read_weights_folder(folder: Path) -> dict[Path, StoredFile]:

@@ -36,24 +36,26 @@ class MergedLoRA:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> MergedLoRA:
+def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0, keep: bool = True) -> MergedLoRA:
     """Add an adapter to the weights in place: ``W + scale * alpha / r * B A`` (arXiv 2106.09685, section 4.1).
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once to the weight's dtype. Everything is
-    checked before the first weight changes, and an error on the way restores what had changed. Adapters stack: each
-    is added to the weights that it finds. Layers that two adapters share come off in reverse order, last on first off.
+    checked before the first weight changes, and an error on the way restores what had changed if ``keep``. Adapters
+    stack: each is added to the weights that it finds. Layers that two adapters share come off in reverse order, last
+    on first off.
 
     Args:
         model: a :class:`LensTransformer`, or any module with linear layers of the adapter's names.
         lora: the adapter.
         scale: strength; 0 changes nothing, negative subtracts.
+        keep: False keeps no second copy of the touched weights, and the adapter cannot be taken off.
 
     Returns:
-        The record that :func:`unmerge_lora` takes. It keeps the touched weights on the CPU.
+        The record that :func:`unmerge_lora` takes: the touched weights on the CPU, or nothing without ``keep``.
 
     Raises:
         ValueError: if ``scale`` is not finite, or naming every layer of the adapter that the model does not have, that
-            has another shape, or whose weight is not floating point or has no data.
+            has another shape, whose weight is not floating point or has no data, or whose sum its dtype cannot hold.
 
     Example:
         >>> model = nn.ModuleDict({"img_in": nn.Linear(16, 32)}).requires_grad_(False)
@@ -75,18 +77,23 @@ def merge_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> MergedLoR
             problems.append(f"{path} has a weight without floating-point data ({weight.dtype} on {weight.device})")
         else:
             weights[path] = weight
+    problems = problems or [
+        f"{path} would hold infinite numbers or NaN in {weight.dtype}"
+        for path, weight in weights.items()
+        if not bool(_sum(weight, lora, path, scale).isfinite().all())
+    ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"lora: expected an adapter that fits the model, but {'; '.join(problems[:8])}{more}")
     merged = MergedLoRA({}, {})
     try:
         for path, weight in weights.items():
-            wide, layer = torch.promote_types(weight.dtype, torch.float32), lora.layers[path]
-            delta = layer.up.to(weight.device, wide) @ layer.down.to(weight.device, wide)
-            total = weight.to(wide) + scale * lora.scaling(path) * delta
-            merged.originals[path] = weight.detach().cpu().clone()
+            total = _sum(weight, lora, path, scale)
+            if keep:
+                merged.originals[path] = weight.detach().cpu().clone()
             weight.copy_(total)
-            merged.checksums[path] = _checksum(weight)
+            if keep:
+                merged.checksums[path] = _checksum(weight)
     except BaseException:
         for path, original in merged.originals.items():
             weights[path].copy_(original)
@@ -104,7 +111,8 @@ def unmerge_lora(model: nn.Module, merged: MergedLoRA) -> None:
 
     Raises:
         ValueError: if a layer is gone, changed its dtype, or its weight is not the one that merging left: another
-            adapter was merged on top and must come off first, this one is already off, or training went on.
+            adapter was merged on top and must come off first, this one is already off, or training went on. Also
+            if it was merged without ``keep``.
 
     Example:
         >>> model = nn.ModuleDict({"img_in": nn.Linear(16, 32)})
@@ -113,6 +121,8 @@ def unmerge_lora(model: nn.Module, merged: MergedLoRA) -> None:
         >>> torch.equal(model["img_in"].weight, before)
         True
     """
+    if not merged.originals:
+        raise ValueError("merged: expected a merge that kept the weights of before, got one with keep=False")
     modules, weights, problems = dict(model.named_modules()), {}, []
     for path, original in merged.originals.items():
         weight = getattr(modules.get(path), "weight", None)
@@ -158,6 +168,13 @@ def apply_lora(model: nn.Module, lora: LoRA, *, scale: float = 1.0) -> Iterator[
         yield merged
     finally:
         unmerge_lora(model, merged)
+
+
+def _sum(weight: Tensor, lora: LoRA, path: str, scale: float) -> Tensor:
+    """The merged weight ``[o, i]``, added in float32 or wider and rounded to the weight's dtype."""
+    wide, layer = torch.promote_types(weight.dtype, torch.float32), lora.layers[path]
+    delta = layer.up.to(weight.device, wide) @ layer.down.to(weight.device, wide)
+    return (weight.to(wide) + scale * lora.scaling(path) * delta).to(weight.dtype)
 
 
 def _checksum(weight: Tensor) -> int:

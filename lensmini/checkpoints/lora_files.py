@@ -5,10 +5,8 @@ Axes: r rank, i and o input and output width of a linear layer.
 
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lensmini.checkpoints.files import CheckpointError, parse_json, read_header, read_json
+from lensmini.checkpoints.files import CheckpointError, parse_json, read_header, read_json, replace_file
 from lensmini.nn.config import LensConfig
 from lensmini.nn.transformer import LensTransformer
 from lensmini.shapes import check_shape
@@ -42,6 +40,7 @@ OTHER_METHODS = {
 }
 PLAIN_INIT = ("gaussian", "orthogonal", "eva")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ALPHA_DTYPES = (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_NAMED = 8
 
 
@@ -121,6 +120,7 @@ def load_lora(path: str | Path) -> LoRA:
             ranks that disagree, DoRA, convolutions, or settings that are more than a low-rank update.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(LoRA({"img_in": (torch.ones(2, 16), torch.ones(32, 2), 4.0)}), f"{folder}/a.safetensors")
         ...     load_lora(f"{folder}/a.safetensors").layers["img_in"].alpha
@@ -161,6 +161,7 @@ def save_lora(lora: LoRA, path: str | Path, *, form: Literal["diffusers", "peft"
         ValueError: for an unknown form, or a file name where a folder is meant.
 
     Example:
+        >>> import os, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_lora(LoRA({"img_in": (torch.ones(2, 16), torch.ones(32, 2), 4.0)}), folder, form="peft")
         ...     sorted(os.listdir(folder))
@@ -203,8 +204,8 @@ def save_lora(lora: LoRA, path: str | Path, *, form: Literal["diffusers", "peft"
     if form == "peft":
         plain = {"task_type": None, "base_model_name_or_path": None, "fan_in_fan_out": False, "inference_mode": True}
         text = json.dumps({"peft_type": "LORA", **plain, **settings}, indent=2, sort_keys=True)
-        _replace(file.parent / "adapter_config.json", lambda target: target.write_text(text, encoding="utf-8"))
-    _replace(file, lambda target: save_file(tensors, target, metadata=metadata))
+        replace_file(file.parent / "adapter_config.json", lambda target: target.write_text(text, encoding="utf-8"))
+    replace_file(file, lambda target: save_file(tensors, target, metadata=metadata))
 
 
 def _assemble(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LoRA:
@@ -227,8 +228,8 @@ def _assemble(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LoR
         problems.append(f"there are {len(adapters)} adapters: {', '.join(sorted(adapters))}")
     for module, part in parts.items():
         problems += [f"{module} has no {half}" for half in ("down", "up") if half not in part]
-        if "alpha" in part and (part["alpha"].numel() != 1 or not part["alpha"].is_floating_point()):
-            problems.append(f"{module} has an alpha that is not one floating-point number")
+        if "alpha" in part and (part["alpha"].numel() != 1 or part["alpha"].dtype not in ALPHA_DTYPES):
+            problems.append(f"{module} has an alpha that is not one number")
     problems += _setting_problems(settings)
     ranks = {name: len(part["down"]) for name, part in parts.items() if "down" in part and part["down"].ndim}
     if not problems:
@@ -322,15 +323,3 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: reader.get_tensor(key).clone() for key in reader.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, AttributeError) as error:
         raise CheckpointError(f"{file}: expected tensors of a known dtype, found {error}") from error
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file, then rename: a reader sees the old one or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lensmini.checkpoints.files import CheckpointError, list_names, read_header, read_json
+from lensmini.checkpoints.folders import find_local, inside
 
 __all__ = ["TEXT_FILES", "fetch_files", "find_model_folder"]
 
@@ -40,9 +41,9 @@ def find_model_folder(path_or_repo: str | Path, subfolder: str | None, hub: Mapp
         ...     find_model_folder(folder, None, {}) == Path(folder)
         True
     """
-    path = Path(path_or_repo).expanduser()
-    fetched = not path.is_dir()
-    if fetched:
+    path = find_local(path_or_repo)
+    fetched = path is None or not path.is_dir()
+    if path is None or fetched:
         path = fetch_files(path_or_repo, ["config.json", "model_index.json", "*/config.json"], hub)
     if subfolder is None and not (path / "config.json").exists() and (path / "model_index.json").exists():
         subfolder = "text_encoder"
@@ -57,16 +58,18 @@ def find_model_folder(path_or_repo: str | Path, subfolder: str | None, hub: Mapp
         )
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: expected a whole model, found an adapter (adapter_config.json)")
-    read_json(folder / "config.json")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder / 'config.json'}: expected a file, found none")
+    read_json(inside(folder, "config.json"))
     weights = {file.name: file for file in sorted(folder.glob("*.safetensors"))}
     if not weights:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
         found = f"only {list_names(others)}, which could run code" if others else "none"
         raise CheckpointError(f"{folder}: expected weights in .safetensors files, found {found}")
-    for file in weights.values():
-        read_header(file)
+    for name in weights:
+        read_header(inside(folder, name))
     if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map")
+        shards = read_json(inside(folder, INDEX)).get("weight_map")
         shards = shards.values() if isinstance(shards, dict) and shards else [shards]
         wrong = sorted({str(shard) for shard in shards if not isinstance(shard, str) or shard not in weights})
         if wrong:
@@ -103,7 +106,8 @@ def fetch_files(
     from huggingface_hub import snapshot_download
 
     text = str(repo)
-    if Path(text).is_file():
+    local = find_local(text)
+    if local is not None and local.is_file():
         raise CheckpointError(f"{text}: expected a folder or a Hub repository, found a file")
     if isinstance(repo, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
         raise CheckpointError(f"{text}: expected a folder, found nothing there")

@@ -16,7 +16,7 @@ from lensmini import __version__
 from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
 from lensmini.pipeline.canvas import picture_sizes
 from lensmini.pipeline.decoding import LensPipelineOutput, finish_pictures, stack_equal
-from lensmini.pipeline.folder import VARIANTS, load_components
+from lensmini.pipeline.folder import VARIANTS, default_sampling, load_components
 from lensmini.pipeline.painting import paint_packed
 from lensmini.pipeline.prompt_features import FeatureCache, encode_prompts, is_blank
 from lensmini.pipeline.request import (
@@ -26,6 +26,7 @@ from lensmini.pipeline.request import (
     choose_noise,
     for_each,
     latent_sizes,
+    read_features,
     read_prompts,
 )
 
@@ -85,7 +86,7 @@ class LensPipeline:
         self.check_sizes = check_sizes
         self.free_after_encoding = free_after_encoding
         self.downsample = 16 if autoencoder is None else autoencoder.downsample
-        self.num_inference_steps, self.guidance_scale = VARIANTS[variant] if variant else (50, 4.0)
+        self.num_inference_steps, self.guidance_scale = default_sampling(variant)
 
     @classmethod
     def from_pretrained(
@@ -105,9 +106,7 @@ class LensPipeline:
         free_text_encoder: bool = False,
         check_sizes: bool = True,
     ) -> "LensPipeline":
-        """Load a released pipeline, or one that :func:`lensmini.checkpoints.export_diffusers` wrote.
-
-        Only safetensors and json files are read, and no code of a checkpoint runs.
+        """Load a released pipeline, or one that :func:`lensmini.checkpoints.export_diffusers` wrote; no code of it runs.
 
         Args:
             path_or_repo: folder with ``model_index.json`` and a folder per component, or Hub repository.
@@ -115,7 +114,7 @@ class LensPipeline:
             device: where to put them.
             text_encoder: True for the pipeline's own, False for none, or an encoder, its folder or repository.
             autoencoder: likewise.
-            quantization: of the text encoder, see :func:`lensmini.checkpoints.text_loading.load_text_encoder`.
+            quantization: as of :func:`lensmini.checkpoints.load_text_encoder`.
             variant: for the default steps and guidance; by default the one that ``model_index.json`` or the name says.
             revision: branch, tag or commit of the repository.
             cache_dir: the Hub's cache folder.
@@ -182,7 +181,7 @@ class LensPipeline:
         Returns:
             For each prompt ``[l, k, e]``.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else [*prompts]
         if not texts:
             raise ValueError(f"{name}: expected at least one, got none")
         return encode_prompts(self.text_encoder, texts, cache=self.prompt_cache, too_long=too_long, name=name)
@@ -216,7 +215,7 @@ class LensPipeline:
     ) -> LensPipelineOutput | tuple[Any]:
         """Paint; pictures of different sizes run packed in one forward pass.
 
-        Sampling is float32 with the exact time by default, whatever the dtype of the weights.
+        Sampling is float32 with the exact time, whatever the dtype of the weights.
 
         Args:
             prompt: one text or P of them. With ``prompt_embeds`` it goes into the metadata only.
@@ -232,7 +231,7 @@ class LensPipeline:
             generator: one for all b pictures or a list of b; the noise is drawn on its device.
             seeds: one for each of the b pictures, or one that counts up from picture to picture; by default fresh ones,
                 which the metadata names. The same seed gives the same noise alone and in any batch.
-            latents: noise instead, ``[b, c, h, w]`` or b tensors ``[c, h, w]``; sizes follow from it unless given.
+            latents: noise instead, ``[b, c, h, w]`` or b of ``[c, h, w]``; sizes follow from it unless given.
             prompt_embeds: for each prompt ``[l, k, e]`` (:meth:`encode_prompt`).
             negative_prompt_embeds: one for all or one for each prompt; ``[0, k, e]`` is no text.
             callback_on_step_end: ``callback(pipe, step, timestep, {"latents": ...})`` after each step; a dictionary that
@@ -266,9 +265,8 @@ class LensPipeline:
         dtype = self.transformer.img_in.weight.dtype if published_bf16 else torch.float32
         if published_bf16 and dtype != torch.bfloat16:
             raise ValueError(f"published_bf16: expected a transformer in torch.bfloat16, got {dtype}")
-        if callback_on_step_end is not None and set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            given = list(callback_on_step_end_tensor_inputs)
-            raise ValueError(f'callback_on_step_end_tensor_inputs: expected ["latents"], got {given}')
+        if callback_on_step_end is not None and (others := {*callback_on_step_end_tensor_inputs} - {"latents"}):
+            raise ValueError(f'callback_on_step_end_tensor_inputs: expected ["latents"], got also {sorted(others)}')
         prompts = read_prompts(prompt, None if prompt_embeds is None else len(prompt_embeds))
         num = len(prompts) if prompt_embeds is None else len(prompt_embeds)
         total = num * num_images_per_prompt
@@ -291,7 +289,10 @@ class LensPipeline:
             device=self.device,
         )
         guided = scale != 1 or published_bf16
-        texts = self.encode_prompt(prompts, too_long=too_long) if prompt_embeds is None else [*prompt_embeds]
+        given = (
+            None if prompt_embeds is None else read_features("prompt_embeds", prompt_embeds, self.transformer.config)
+        )
+        texts = given or self.encode_prompt(prompts, too_long=too_long)
         negative_texts = self._negative(negatives, negative_prompt_embeds, too_long) if guided else None
         if self.free_after_encoding and self.text_encoder is not None:
             self.free_text_encoder()
@@ -331,7 +332,8 @@ class LensPipeline:
         self, negatives: list[str], embeds: Sequence[Tensor] | None, too_long: Literal["warn", "error"]
     ) -> list[Tensor]:
         if embeds is not None:
-            return for_each("negative_prompt_embeds", embeds, len(negatives))
+            features = read_features("negative_prompt_embeds", embeds, self.transformer.config, allow_empty=True)
+            return for_each("negative_prompt_embeds", features, len(negatives))
         if is_blank(negatives):
             config = self.transformer.config
             none = torch.zeros(0, config.num_text_layers, config.enc_hidden_dim, device=self.device)

@@ -4,8 +4,6 @@ Axes: c channels, H and W pixels.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from lensmini.checkpoints.files import replace_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +64,7 @@ def save_png(image: "Image.Image", path: str | Path) -> None:
         path: the file.
 
     Example:
+        >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> save_png(to_picture(torch.zeros(3, 2, 2, dtype=torch.uint8), {"seed": 7}), f"{folder}/a.png")
         >>> read_metadata(f"{folder}/a.png")
@@ -77,15 +78,7 @@ def save_png(image: "Image.Image", path: str | Path) -> None:
     if "parameters" in image.info:
         chunks.add_itxt("parameters", image.info["parameters"])
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda part: image.save(part, format="PNG", pnginfo=chunks))
 
 
 def read_metadata(image: "Image.Image | str | Path") -> dict[str, Any]:

@@ -5,8 +5,6 @@ Axes: l text tokens of a prompt, k text layers, e width of the language model.
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lensmini.checkpoints.files import CheckpointError, parse_json
+from lensmini.checkpoints.files import CheckpointError, parse_json, replace_file
 from lensmini.nn.text_encoder import TextEncoder
 from lensmini.shapes import check_shape
 
@@ -44,6 +42,7 @@ class PromptCache:
         ValueError: if ``fingerprint`` is not 64 hexadecimal digits.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     cache = PromptCache(folder, fingerprint="0" * 64)
         ...     cache.put("a red cube", torch.zeros(7, 4, 8))
@@ -113,10 +112,11 @@ class PromptCache:
         # A clone, because safetensors would write all of a larger tensor of which this is a view.
         values = features.detach().cpu().contiguous().clone()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, save({"features": values}, {"format": "pt", "sha256": _digest(values)}))
+        data = save({"features": values}, {"format": "pt", "sha256": _digest(values)})
+        replace_file(path, lambda part: part.write_bytes(data))
         marker = self.folder / f"encoder-{self.fingerprint or self._only_fingerprint()}"
         if not marker.exists():
-            _replace(marker, b"")
+            replace_file(marker, lambda part: part.write_bytes(b""))
 
     def encode(self, encoder: TextEncoder | None, prompts: Sequence[str], *, batch_size: int = 16) -> list[Tensor]:
         """Features of prompts, of which only those that are not there are encoded, each once.
@@ -234,17 +234,3 @@ def _identity(config: dict[str, Any], depth: int) -> dict[str, Any]:
 
 def _digest(features: Tensor) -> str:
     return hashlib.sha256(features.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside the file, then rename: other processes see the old one or the new one."""
-    handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lensmini.nn import Autoencoder, LensTransformer
+from lensmini.nn import Autoencoder, LensConfig, LensTransformer
 from lensmini.pipeline.canvas import check_size
 from lensmini.pipeline.decoding import OUTPUT_TYPES
 from lensmini.pipeline.painting import draw_noise
@@ -26,6 +26,7 @@ __all__ = [
     "choose_noise",
     "for_each",
     "latent_sizes",
+    "read_features",
     "read_prompts",
 ]
 
@@ -155,6 +156,40 @@ def read_prompts(prompt: Any, num_embeds: int | None) -> list[str]:
     if texts and num_embeds is not None and len(texts) != num_embeds:
         raise ValueError(f"prompt: expected one for each of {num_embeds} prompt_embeds, got {len(texts)}")
     return texts
+
+
+def read_features(
+    name: str, features: Sequence[Tensor], config: LensConfig, *, allow_empty: bool = False
+) -> list[Tensor]:
+    """Text features as a list, each of the transformer's sizes; a late wrong one is found before anything is painted.
+
+    Args:
+        name: of the argument, for messages.
+        features: for each prompt ``[l, k, e]``.
+        config: of the transformer.
+        allow_empty: whether a prompt may have no tokens.
+
+    Returns:
+        The features.
+
+    Raises:
+        ValueError: naming the first that does not fit by its position.
+
+    Example:
+        >>> read_features("prompt_embeds", [torch.zeros(5, 4, 8)], LensConfig(enc_hidden_dim=4))
+        Traceback (most recent call last):
+        ValueError: prompt_embeds[0]: expected [l, 4, 4], got [5, 4, 8]
+    """
+    for index, x in enumerate(features):
+        sizes = check_shape(f"{name}[{index}]", x, "l k e")
+        if (sizes["k"], sizes["e"]) != (config.num_text_layers, config.enc_hidden_dim):
+            wanted = f"[l, {config.num_text_layers}, {config.enc_hidden_dim}]"
+            raise ValueError(f"{name}[{index}]: expected {wanted}, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}[{index}]: expected floating point, got {x.dtype}")
+        if not allow_empty and not sizes["l"]:
+            raise ValueError(f"{name}[{index}]: expected at least one token, got {list(x.shape)}")
+    return list(features)
 
 
 def for_each(name: str, values: Any, num: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import zipfile
 
@@ -466,3 +467,43 @@ def test_saving_refuses_what_it_cannot_mean(tmp_path):
         LoRA({})
     with pytest.raises(ValueError, match="rank of at least 1"):
         LoRA({"img_in": (torch.ones(0, 16), torch.ones(32, 0), 1.0)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_merge_that_its_dtype_cannot_hold_changes_nothing(dtype):
+    model, lora = make_model(dtype), adapter()
+    before = {name: tensor.clone() for name, tensor in state(model).items()}
+    with pytest.raises(ValueError, match=r"lora: .* would hold infinite numbers or NaN in torch\.(b)?float16"):
+        merge_lora(model, lora, scale=1e38 if dtype == torch.bfloat16 else 1e8)
+    assert equal_bits(model, before)
+
+
+def test_a_merge_that_is_not_kept_has_the_same_weights_and_no_second_copy():
+    model, other = make_model(), make_model()
+    kept, left = merge_lora(model, adapter()), merge_lora(other, adapter(), keep=False)
+    assert equal_bits(other, state(model))
+    assert sum(tensor.numel() for tensor in kept.originals.values()) > 0
+    assert not left.originals and not left.checksums
+    with pytest.raises(ValueError, match="merged: .*keep=False"):
+        unmerge_lora(other, left)
+    assert equal_bits(other, state(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_an_alpha_may_be_stored_as_a_whole_number(dtype, shape, tmp_path):
+    down, up = torch.randn(4, 8), torch.randn(6, 4)
+    for name, alpha in {"plain": torch.full(shape, 2.0), "whole": torch.full(shape, 2, dtype=dtype)}.items():
+        tensors = {"transformer.img_in.lora_A.weight": down, "transformer.img_in.lora_B.weight": up}
+        save_file(tensors | {"transformer.img_in.alpha": alpha}, tmp_path / f"{name}.safetensors")
+    plain, whole = (load_lora(tmp_path / f"{name}.safetensors") for name in ("plain", "whole"))
+    assert plain.scaling("img_in") == whole.scaling("img_in") == 0.5
+
+
+def test_a_saved_adapter_has_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_lora(adapter(), tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

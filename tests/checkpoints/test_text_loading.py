@@ -347,6 +347,10 @@ def test_layers_are_checked_before_weights_are_read(checkpoint, layers, monkeypa
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}, "remote"),
         ({"transformers_weights": "../evil.bin"}, "transformers_weights"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"num_local_experts": 10**7}, "num_local_experts of at most 4096"),
+        ({"hidden_size": 10**7, "intermediate_size": 10**7}, "expected weights that fit the [0-9]{10,} numbers"),
+        ({"vocab_size": 10**12}, "expected weights that fit the [0-9]{12,} numbers"),
+        ({"hidden_size": 10**18}, "overflow"),
         ({"hidden_size": 24}, "expected weights that fit"),
         ({"num_local_experts": 4}, "expected weights that fit"),
         ({"intermediate_size": 12}, "expected weights that fit"),
@@ -409,6 +413,15 @@ def test_only_safetensors_are_read(checkpoint, tmp_path):
         load_text_encoder(folder, layers=(0,))
     (folder / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="truncated"):
+        load_text_encoder(folder, layers=(0,))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(checkpoint, name, tmp_path):
+    folder = copy(checkpoint, tmp_path / "links")
+    outside = shutil.move(folder / name, tmp_path / f"outside-{name}")
+    (folder / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match="expected a file inside its folder"):
         load_text_encoder(folder, layers=(0,))
 
 

@@ -470,7 +470,7 @@ def test_labels_spell_out_what_the_font_lacks():
         ({"negative_prompt": "blurry"}, "negative_prompt: expected '', since .* is a run"),
         ({"published_bf16": True}, "published_bf16: expected False, since .* is a run"),
         ({"lora": Path("missing.safetensors")}, "lora: expected a file or folder"),
-        ({"checkpoint": Path("runs/no-such-run")}, "no checkpoint in runs/no-such-run"),
+        ({"checkpoint": Path("runs/no-such-run")}, "checkpoint: .* found no runs/no-such-run"),
     ],
 )
 def test_settings_that_do_not_suit_a_run_are_refused(config, change, message):

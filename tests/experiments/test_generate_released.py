@@ -156,6 +156,33 @@ def test_compared_pipelines_start_from_the_same_noise(config, folder, tmp_path):
     assert rows[0]["weights_sha256"] != rows[3]["weights_sha256"]
 
 
+def test_two_pipelines_are_never_in_memory_together(config, folder, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    made, peaks, load = [], [], LensPipeline.__init__
+
+    def counted(self, *args, **kwargs):
+        gc.collect()
+        peaks.append(sum(reference() is not None for reference in made))
+        made.append(weakref.ref(self))
+        load(self, *args, **kwargs)
+
+    monkeypatch.setattr(LensPipeline, "__init__", counted)
+    other = shutil.copytree(folder, tmp_path / "other")
+    job = replace(config, checkpoint=None, compare=(folder, other), num_steps=None, guidance_scale=None)
+    rows = generate(replace(job, texts=PROMPTS[:1]))
+    assert [row["num_steps"] for row in rows] == [4, 4]
+    assert peaks == [0, 0]
+
+
+def test_every_picture_carries_its_row(config):
+    from lensmini.pipeline import read_metadata
+
+    for row in generate(replace(config, texts=("a red cube", "\u4e00\u53ea\u732b", "\u0642\u0637\u0629"))):
+        assert read_metadata(config.out / row["file"]) == row
+
+
 def test_an_adapter_changes_the_pictures_and_is_named_in_their_rows(config, tmp_path):
     from lensmini.checkpoints.lora import LoRA, save_lora
 

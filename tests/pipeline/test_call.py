@@ -414,6 +414,9 @@ def test_a_real_odd_grid_runs_through_the_model():
     assert [x.shape for x in images] == [(16, 13, 7), (16, 7, 13)] and all(x.isfinite().all() for x in images)
 
 
+SERIAL = {"batch_size": 1, "height": 16, "width": 16}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -432,7 +435,14 @@ def test_a_real_odd_grid_runs_through_the_model():
         ({"prompt": ["a", "\ud83c"]}, r"prompt\[1\].*surrogate"),
         ({"prompt": [3]}, r"prompt\[0\]"),
         ({"prompt": None, "prompt_embeds": []}, "prompt_embeds"),
-        ({"prompt": None, "prompt_embeds": [torch.zeros(3, 5, 16)]}, r"texts\[0\]"),
+        ({"prompt": None, "prompt_embeds": [torch.zeros(3, 5, 16)]}, r"prompt_embeds\[0\]: expected \[l, 2, 16\]"),
+        ({"prompt_embeds": [torch.zeros(3, 2, 16), torch.zeros(3, 2, 8)], "prompt": None, **SERIAL}, r"embeds\[1\]"),
+        ({"prompt_embeds": [torch.zeros(3, 2, 16).int()], "prompt": None}, r"embeds\[0\]: expected floating point"),
+        (
+            {"prompt_embeds": [torch.zeros(0, 2, 16)], "prompt": None},
+            r"prompt_embeds\[0\]: expected at least one token",
+        ),
+        ({"negative_prompt_embeds": [torch.zeros(3, 16)]}, r"negative_prompt_embeds\[0\]"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
         ({"negative_prompt": 3}, "negative_prompt"),
         ({"negative_prompt": [3]}, "negative_prompt"),

@@ -117,7 +117,7 @@ class PipelinePainter:
     def _fetch(self) -> str | None:
         """Bring what is on the Hub here and tell the variant, with no weights in memory."""
         config = self._config
-        offline = {"local_files_only": config.local_files_only}
+        offline: dict[str, Any] = {"local_files_only": config.local_files_only}
         if config.text_encoder is not None and not config.text_encoder.expanduser().exists():
             find_model_folder(config.text_encoder.as_posix(), None, {"revision": None, "cache_dir": None, **offline})
         if config.autoencoder is not None and not config.autoencoder.expanduser().exists():

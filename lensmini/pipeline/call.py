@@ -276,9 +276,7 @@ class LensPipeline:
         else:
             each = picture_sizes(num, height=height, width=width, aspect_ratio=aspect_ratio, base=base)
             sizes = [size for size in each for _ in range(num_images_per_prompt)]
-        check_sizes(sizes, downsample=self.downsample, released=self.check_sizes)
-        if len(sizes) != total:
-            raise ValueError(f"latents: expected {total}, one for each picture, got {len(sizes)}")
+        check_sizes(sizes, num=total, downsample=self.downsample, released=self.check_sizes)
         noise = choose_noise(
             [(h // self.downsample, w // self.downsample) for h, w in sizes],
             self.transformer.config.in_channels,

@@ -97,15 +97,17 @@ def check_options(
         raise ValueError(f'output_type: expected "latent" without an autoencoder, got {output_type!r}')
 
 
-def check_sizes(sizes: Sequence[tuple[int, int]], *, downsample: int, released: bool) -> None:
+def check_sizes(sizes: Sequence[tuple[int, int]], *, num: int, downsample: int, released: bool) -> None:
     """Refuse sizes that the autoencoder cannot do or, with ``released``, that the released model was not made for.
 
     Raises:
-        ValueError: naming the size and, with ``released``, the nearest legal one.
+        ValueError: naming the size and, with ``released``, the nearest legal one; or if there are not ``num``.
 
     Example:
-        >>> check_sizes([(24, 40)], downsample=8, released=False)
+        >>> check_sizes([(24, 40)], num=1, downsample=8, released=False)
     """
+    if len(sizes) != num:
+        raise ValueError(f"latents: expected {num}, one for each picture, got {len(sizes)}")
     for height, width in sizes:
         if released:
             check_size(height, width)

@@ -95,7 +95,9 @@ def effect_problems(name: str, source: str) -> list[str]:
     """Dependency rule 4, as far as the source shows it: nothing outside functions reads or sets the world."""
     problems = []
     for node in walk(ast.parse(source), bodies=False):
-        used = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        # A field of a dataclass may have any name; only reading one can touch the world.
+        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        used = node.attr if isinstance(node, ast.Attribute) else node.id if read else ""
         device = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.device"
         if used in EFFECTS or device or ast.unparse(node) == "torch.compile":
             problems.append(f"{name}: {ast.unparse(node)} while importing")

@@ -5,7 +5,6 @@ Axes: k head width.
 
 import copy
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lensmini.checkpoints.files import CheckpointError, list_names, read_header, read_json
-from lensmini.checkpoints.folders import inside
+from lensmini.checkpoints.files import CheckpointError, list_names, read_json
+from lensmini.checkpoints.text_config import check_raw, check_size
 from lensmini.checkpoints.text_folders import TEXT_FILES, fetch_files, find_model_folder
 from lensmini.nn.text_encoder import TextEncoder
 
@@ -27,10 +26,6 @@ Quantization = Literal["auto", "packed", "dequantize"]
 KERNELS = "kernels-community/gpt-oss-triton-kernels"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# Far above any real model: building this many layers takes memory and minutes before the first weight is looked at.
-MAX_LAYERS = 1024
-MAX_EXPERTS = 4096
-MAX_BUFFERS = 2**26
 
 
 def load_text_encoder(
@@ -100,7 +95,7 @@ def load_text_encoder(
     name = "/".join(filter(None, [str(path_or_repo), subfolder]))
     folder = find_model_folder(path_or_repo, subfolder, {**hub, "revision": revision})
     raw = read_json(folder / "config.json")
-    _check_raw(raw, name, layers)
+    check_raw(raw, name, layers)
     with _one_error(name, "a configuration that transformers knows"):
         config = AutoConfig.from_pretrained(folder, **LOCAL)
     num_layers = _text_config(config).num_hidden_layers
@@ -110,7 +105,8 @@ def load_text_encoder(
         tokenizer = _load_tokenizer(folder, tokenizer, name, hub)
     packed = _choose_packed(raw.get("quantization_config"), quantization, device, local_files_only, name)
     trimmed = _trim(config, max(layers) + 1)
-    _check_size(folder, trimmed, name)
+    with _one_error(name, "a configuration that transformers can build"):
+        check_size(folder, trimmed, name)
     model = None
     if packed:
         try:
@@ -126,67 +122,6 @@ def load_text_encoder(
     encoder = TextEncoder(model, tokenizer or None, layers=layers, max_length=max_length, date=date)
     _check_positions(model, raw, name)
     return encoder
-
-
-def _check_raw(raw: Mapping[str, Any], name: str, layers: Sequence[int]) -> None:
-    """What must hold before transformers build anything from a configuration."""
-    text = raw.get("text_config", raw)
-    count = text.get("num_hidden_layers", max([1, *layers])) if isinstance(text, dict) else None
-    if type(count) is not int or not 0 < count <= MAX_LAYERS:
-        raise CheckpointError(f"{name}: expected num_hidden_layers in 1..{MAX_LAYERS}, found {count!r}")
-    for key, value in _experts(raw):
-        if isinstance(value, int) and value > MAX_EXPERTS:
-            raise CheckpointError(f"{name}: expected {key} of at most {MAX_EXPERTS}, found {value}")
-    for key, value in _implementations(raw):
-        # A repository's name here would make transformers fetch compiled code.
-        if not (value is None or (isinstance(value, str) and value.isidentifier())):
-            raise CheckpointError(f"{name}: expected {key} to be a plain name, found {str(value)[:200]!r}")
-    if "transformers_weights" in raw:
-        raise CheckpointError(
-            f"{name}: expected the usual weight files, found transformers_weights in the configuration"
-        )
-
-
-def _check_size(folder: Path, config: Any, name: str) -> None:
-    """Refuse a configuration that asks for more numbers than the files hold, before memory is taken for them."""
-    from transformers import AutoModel
-
-    headers = [read_header(inside(folder, file.name)) for file in folder.glob("*.safetensors")]
-    # A byte of packed experts holds two numbers.
-    stored = sum(
-        math.prod(value.shape) * (2 if value.dtype == "U8" else 1)
-        for header in headers
-        for value in header.values.values()
-    )
-    with _one_error(name, "a configuration that transformers can build"), torch.device("meta"):
-        model = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
-    wanted = sum(parameter.numel() for parameter in model.parameters())
-    if wanted > stored:
-        raise CheckpointError(
-            f"{name}: expected weights that fit the {wanted} numbers that config.json asks for, found {stored}"
-        )
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    if buffers > MAX_BUFFERS:
-        raise CheckpointError(f"{name}: expected at most {MAX_BUFFERS} numbers in tables, found {buffers}")
-
-
-def _experts(raw: Any) -> Iterator[tuple[str, Any]]:
-    for key, value in raw.items() if isinstance(raw, Mapping) else ():
-        if isinstance(value, Mapping):
-            yield from _experts(value)
-        elif "expert" in key:
-            yield key, value
-
-
-def _implementations(raw: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting, at any depth, that names an implementation of attention or experts."""
-    for key, value in raw.items() if isinstance(raw, Mapping) else ():
-        if "implementation" in key and not isinstance(value, Mapping):
-            yield key, value
-        elif "implementation" in key:
-            yield from ((f"{key}.{part}", inner) for part, inner in value.items())
-        else:
-            yield from _implementations(value)
 
 
 def _text_config(config: Any) -> Any:

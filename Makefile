@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.plan_balance
 	$(BIN)/python -m benchmarks.plan_resume
 	$(BIN)/python -m benchmarks.shards
+	$(BIN)/python -m benchmarks.filters
 
 peers: setup
 	$(BIN)/python -m venv .venv-peers

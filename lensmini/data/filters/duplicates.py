@@ -82,28 +82,26 @@ def find_duplicates(
         kept.add(_normalise(against, "against"))
         names = num + torch.arange(len(against))
     duplicate_of, cosine = torch.full((num,), -1), torch.zeros(num)
-    for rows in order.split(chunk):
+    for rows in order.split(chunk) if num else ():
         block = directions[rows]
         best, where = kept.nearest(block)
-        over = best > max_cosine
-        duplicate_of[rows[over]], cosine[rows[over]] = names[where[over]], best[over]
-        rows, block = rows[~over], block[~over]
-        alive = _greedy(block @ block.T, max_cosine, rows, duplicate_of, cosine)
+        within = block @ block.T
+        alive = _greedy(within, best > max_cosine, max_cosine)
+        earlier = torch.ones_like(within, dtype=torch.bool).tril(-1) & alive
+        own, at = torch.where(earlier, within, -2.0).max(1)
+        keeper = torch.where(own > best, rows[at], names[where] if len(names) else rows[at])
+        gone = ~alive
+        duplicate_of[rows[gone]], cosine[rows[gone]] = keeper[gone], torch.maximum(own, best)[gone]
         kept.add(block[alive])
         names = torch.cat([names, rows[alive]])
     return Duplicates(duplicate_of, cosine)
 
 
-def _greedy(cosines: Tensor, limit: float, rows: Tensor, duplicate_of: Tensor, cosine: Tensor) -> Tensor:
-    """The rows of a block that stay, bool; writes down what the others repeat."""
-    earlier = torch.tril(cosines > limit, diagonal=-1)
-    alive = torch.ones(len(rows), dtype=torch.bool)
-    for row in earlier.any(1).nonzero().flatten().tolist():
-        close = earlier[row] & alive
-        if bool(close.any()):
-            best = int(torch.where(close, cosines[row], -2.0).argmax())
-            alive[row] = False
-            duplicate_of[rows[row]], cosine[rows[row]] = rows[best], cosines[row, best]
+def _greedy(cosines: Tensor, gone: Tensor, limit: float) -> Tensor:
+    """The rows of a block that stay, bool, of which some are gone already."""
+    earlier, alive = torch.tril(cosines > limit, diagonal=-1), ~gone
+    for row in (earlier.any(1) & alive).nonzero().flatten().tolist():
+        alive[row] = not bool((earlier[row] & alive).any())
     return alive
 
 

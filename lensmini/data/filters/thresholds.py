@@ -13,8 +13,9 @@ FILTER_CAUSES = ("area", "nsfw", "aesthetic", "watermark", "clarity", "entropy",
 class Thresholds:
     """Bounds on the scores of one picture (arXiv 2605.21573, section 2.1); None switches a filter off.
 
-    The bounds on clarity, entropy and luminance are ours: all of scikit-image's colour photographs pass with a margin,
-    and the same photographs blurred out, nearly plain, black or blown out fail.
+    The bounds on clarity, entropy and luminance are ours. Seven of scikit-image's colour photographs have clarity 142 to
+    839, entropy 5.0 to 7.7 and luminance 0.09 to 0.71; blurred by 2 / 256 of the shorter side they have clarity 3 to 19,
+    and at a fiftieth of their contrast entropy 0.4 to 2.3. Smooth drawings fall below the clarity of photographs.
 
     Example:
         >>> judge({"area": 512 * 512, "clarity": 2.0}, Thresholds()), judge({"area": 512 * 512}, Thresholds())

@@ -1,8 +1,9 @@
-"""One client for OpenAI-compatible servers: concurrency, retry, deadline, budget, cache; shared by everyone who asks."""
+"""One client for every server that speaks the OpenAI chat protocol, hosted or local: captions, judges, reasoner."""
 
+from lensmini.endpoint.answers import parse_json
+from lensmini.endpoint.cache import ReplyCache
 from lensmini.endpoint.client import Endpoint
-from lensmini.endpoint.json_text import parse_json
-from lensmini.endpoint.messages import FAILURE_CAUSES, ChatRequest, Failure, Message, Reply, Unauthorised, image_message
+from lensmini.endpoint.messages import FAILURE_CAUSES, ChatRequest, Failure, Reply, image_message
 from lensmini.endpoint.spending import Spent
 
 __all__ = [
@@ -10,10 +11,9 @@ __all__ = [
     "ChatRequest",
     "Endpoint",
     "Failure",
-    "Message",
     "Reply",
+    "ReplyCache",
     "Spent",
-    "Unauthorised",
     "image_message",
     "parse_json",
 ]

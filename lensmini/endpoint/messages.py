@@ -1,22 +1,20 @@
-"""What goes to a chat server and what comes back: requests, replies, failures with a cause.
+"""What is asked of a chat server and what comes back.
 
-Axes: h height, w width.
+Axes: h and w pixels.
 """
 
 import base64
+import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from lensmini.shapes import check_shape
-
-__all__ = ["FAILURE_CAUSES", "ChatRequest", "Failure", "Message", "Reply", "Unauthorised", "image_message"]
-
-Message: TypeAlias = dict[str, Any]
-"""One turn as the protocol has it: ``{"role": ..., "content": text or a list of parts}``."""
+__all__ = ["FAILURE_CAUSES", "ChatRequest", "Failure", "Reply", "image_message"]
 
 FAILURE_CAUSES = (
     "rate limit",
@@ -24,51 +22,37 @@ FAILURE_CAUSES = (
     "timeout",
     "connection",
     "bad request",
-    "forbidden",
-    "refused",
     "invalid reply",
     "budget",
     "deadline",
 )
-"""Why a request has no reply."""
+"""Why a request ends without a reply."""
 
-_RESERVED = ("model", "messages", "temperature", "max_tokens", "seed", "response_format", "stream", "n")
-_SIGNATURES = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"))
-
-
-class Unauthorised(RuntimeError):
-    """The server does not accept the key, or there is none; nothing else that is asked can succeed.
-
-    Example:
-        >>> raise Unauthorised("no key in the environment variable OPENAI_API_KEY")
-        Traceback (most recent call last):
-        lensmini.endpoint.messages.Unauthorised: no key in the environment variable OPENAI_API_KEY
-    """
+_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One question to a chat model.
+    """One question, whole: equal requests to equal models have equal answers in the cache.
 
     Args:
-        messages: the turns so far.
-        temperature: 0 for the likeliest answer; None leaves it to the server.
-        max_tokens: most tokens of the answer; None leaves it to the server. Models that want the limit under the name
-            ``max_completion_tokens`` take it in ``extra``.
-        seed: of the server's draws, where it honours one. Two samples of one question need two seeds, as equal
-            requests are asked once.
-        response_format: for example ``{"type": "json_object"}``.
-        extra: more fields of the request's body, such as ``top_p``.
+        messages: as the protocol has them, ``{"role": ..., "content": ...}``; pictures as data URLs.
+        temperature: 0 to 2; None leaves it to the server.
+        max_tokens: of the answer; None leaves it to the server, which a budget does not allow.
+        seed: for servers that can repeat themselves, and to ask the same again on purpose.
+        response_format: as the protocol has it.
+        extra: more fields of the request's body, as a server wants them.
 
     Raises:
-        ValueError: without messages, or if ``extra`` holds a field that is an argument here, ``stream`` or ``n``.
+        ValueError: if a field is not what the protocol allows or JSON cannot hold it.
 
     Example:
-        >>> ChatRequest([{"role": "user", "content": "Two words."}], max_tokens=8).body("tiny")
-        {'model': 'tiny', 'messages': [{'role': 'user', 'content': 'Two words.'}], 'max_tokens': 8}
+        >>> request = ChatRequest([{"role": "user", "content": "Why?"}], temperature=0.0)
+        >>> request.key("a")[:8] == request.key("a")[:8], request.key("a") == request.key("b")
+        (True, False)
     """
 
-    messages: Sequence[Message]
+    messages: Sequence[Mapping[str, Any]]
     temperature: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
@@ -76,51 +60,86 @@ class ChatRequest:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.messages, str | bytes | Mapping) or not self.messages:
-            raise ValueError(f"messages: expected a list of one or more messages, got {type(self.messages).__name__}")
-        for message in self.messages:
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f"messages: expected a mapping with a role, got {type(message).__name__}")
-        for name in _RESERVED:
-            if name in self.extra:
-                raise ValueError(f"extra: expected fields without an argument of their own, got {name!r}")
-        limit = self.limit
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"max_tokens: expected at least 1, got {limit!r}")
+        if not self.messages or not all(
+            isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in self.messages
+        ):
+            raise ValueError(f"messages: expected at least one with role and content, got {str(self.messages)[:200]}")
+        if self.temperature is not None and not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature: expected a number from 0 to 2, got {self.temperature}")
+        if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
+            raise ValueError(f"max_tokens: expected a positive integer, got {self.max_tokens!r}")
+        taken = {"model", "messages", "stream", "n"} & set(self.extra)
+        if taken:
+            raise ValueError(f"extra: expected other fields than {sorted(taken)}, got {sorted(self.extra)}")
+        try:
+            json.dumps(self._fields(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"messages: expected what JSON can hold, but {error}") from error
 
-    @property
-    def limit(self) -> int | None:
-        """Most tokens of the answer, under either name."""
-        limit = self.extra.get("max_completion_tokens")
-        return self.max_tokens if limit is None else limit
-
-    def body(self, model: str) -> dict[str, Any]:
-        """The request as the server gets it, without the fields that are left to it."""
-        body = {"model": model, "messages": [dict(message) for message in self.messages]}
-        chosen = {
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "messages": [dict(message) for message in self.messages],
             "temperature": None if self.temperature is None else float(self.temperature),
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "response_format": None if self.response_format is None else dict(self.response_format),
+            "extra": dict(self.extra),
         }
-        return body | {name: value for name, value in chosen.items() if value is not None} | dict(self.extra)
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields of the request's body that are set, without model and ``extra``.
+
+        Example:
+            >>> ChatRequest([{"role": "user", "content": "Why?"}], seed=1).parameters()
+            {'messages': [{'role': 'user', 'content': 'Why?'}], 'seed': 1}
+        """
+        fields = self._fields()
+        del fields["extra"]
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def key(self, model: str) -> str:
+        """SHA-256 of everything that decides the answer, pictures included; not the server's address.
+
+        Example:
+            >>> len(ChatRequest([{"role": "user", "content": "Why?"}]).key("m"))
+            64
+        """
+        text = json.dumps({"model": model, **self._fields()}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def prompt_bound(self, image_tokens: int) -> int:
+        """Tokens that the question cannot exceed: a token is at least a byte of text; pictures as given.
+
+        Example:
+            >>> ChatRequest([{"role": "user", "content": "Why?"}]).prompt_bound(1000)
+            36
+        """
+        count = 0
+        for message in self.messages:
+            content = message["content"]
+            parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": str(content)}]
+            for part in parts:
+                is_text = isinstance(part, Mapping) and part.get("type") == "text"
+                count += len(str(part.get("text", "")).encode("utf-8", "replace")) if is_text else image_tokens
+            count += 32  # role, separators and what a template puts around them
+        return count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model answered.
+    """An answer that was paid for, once.
 
     Args:
-        text: the answer.
-        finish_reason: "stop", "length" (cut at the limit), or another word of the server's.
-        prompt_tokens: of the question, as billed (or estimated, where the server does not say).
-        completion_tokens: of the answer, likewise.
-        cached: nothing was sent for this one: it was answered before, or together with an equal request.
-        refusal: what the model said instead of an answer, if it said both.
+        text: of the answer, perhaps empty.
+        finish_reason: "stop", "length", "content_filter" or what the server says.
+        prompt_tokens: of the question, as billed.
+        completion_tokens: of the answer, as billed.
+        cached: whether it cost nothing this time.
+        refusal: the server's own words where it refuses in the protocol's field, else empty.
 
     Example:
-        >>> Reply("A cat.", "stop", prompt_tokens=9, completion_tokens=3).text
-        'A cat.'
+        >>> Reply("Because.", "stop", 9, 2).cached
+        False
     """
 
     text: str
@@ -128,20 +147,17 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     cached: bool = False
-    refusal: str | None = None
+    refusal: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no reply.
-
-    Args:
-        cause: one of ``FAILURE_CAUSES``.
-        detail: the server's words or ours; never holds the key.
+    """A request that ended without an answer; ``cause`` is one of ``FAILURE_CAUSES``.
 
     Example:
-        >>> Failure("timeout", "no answer within 60 s").cause
-        'timeout'
+        >>> Failure("because")
+        Traceback (most recent call last):
+        ValueError: cause: expected one of (..., got 'because'
     """
 
     cause: str
@@ -152,50 +168,44 @@ class Failure:
             raise ValueError(f"cause: expected one of {FAILURE_CAUSES}, got {self.cause!r}")
 
 
-def image_message(text: str, images: Sequence[bytes | Tensor], *, role: str = "user") -> Message:
-    """A message that shows pictures: the text first, then each picture as a part of its own (a data URL).
+def image_message(text: str, images: Sequence[bytes | Tensor], *, role: str = "user") -> dict[str, Any]:
+    """A message with pictures in front of its text, as vision models of the protocol take it.
 
     Args:
-        text: what is asked; "" for none.
-        images: files as they are (PNG, JPEG, WebP, GIF), or ``[3, h, w]`` uint8, sent as PNG.
+        text: the question.
+        images: content of PNG, JPEG, WebP or GIF files, or uint8 ``[3, h, w]``, which become PNG.
         role: who says it.
 
     Returns:
-        A message for ``ChatRequest``.
+        The message, pictures as data URLs.
 
     Raises:
-        ValueError: for other formats, shapes and dtypes.
+        ValueError: if an image is none of these.
 
     Example:
-        >>> message = image_message("What is this?", [torch.zeros(3, 4, 4, dtype=torch.uint8)])
-        >>> message["content"][1]["image_url"]["url"][:22]
-        'data:image/png;base64,'
+        >>> message = image_message("What is this?", [torch.zeros(3, 2, 2, dtype=torch.uint8)])
+        >>> message["content"][0]["image_url"]["url"][:22], message["content"][1]["text"]
+        ('data:image/png;base64,', 'What is this?')
     """
-    if isinstance(images, bytes | bytearray | Tensor):
-        raise ValueError(f"images: expected a list of pictures, got one {type(images).__name__}")
-    parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
-    for image in images:
-        data = _png(image) if isinstance(image, Tensor) else bytes(image)
-        url = f"data:{_mime_type(data)};base64,{base64.b64encode(data).decode('ascii')}"
+    parts: list[dict[str, Any]] = []
+    for index, image in enumerate(images):
+        data = image if isinstance(image, bytes) else _to_png(image, index)
+        kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+            kind = "webp"
+        if kind is None:
+            raise ValueError(f"images[{index}]: expected PNG, JPEG, WebP or GIF, got {data[:12]!r}")
+        url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
-    return {"role": role, "content": parts}
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
-def _png(image: Tensor) -> bytes:
+def _to_png(image: Tensor, index: int) -> bytes:
     from PIL import Image
 
-    check_shape("image", image, "3 h w")
-    if str(image.dtype) != "torch.uint8":
-        raise ValueError(f"image: expected uint8, got {image.dtype}")
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"images[{index}]: expected bytes or uint8 [3, h, w], got {found}")
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()).save(file, "PNG")
+    Image.fromarray(image.cpu().permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG")
     return file.getvalue()
-
-
-def _mime_type(data: bytes) -> str:
-    for signature, mime_type in _SIGNATURES:
-        if data.startswith(signature):
-            return mime_type
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    raise ValueError(f"images: expected PNG, JPEG, WebP or GIF, which servers take, got {data[:8]!r}")

@@ -1,4 +1,4 @@
-"""What asking costs, and a budget that holds while many requests are under way."""
+"""What asking costs, and the budget that it never exceeds."""
 
 import threading
 from collections import Counter
@@ -7,25 +7,27 @@ from dataclasses import dataclass, field
 __all__ = ["Ledger", "Spent"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Spent:
-    """What an endpoint has used up.
+    """What a client has done so far.
 
     Args:
-        calls: attempts sent to the server.
-        cached: requests answered without a call of their own.
-        prompt_tokens: billed, or estimated from above where the server did not say or the answer never came.
-        completion_tokens: likewise.
-        cost: both, in the currency of the prices; 0 without prices.
-        estimated: calls whose tokens are such estimates.
-        failures: how many requests ended in each cause.
+        calls: requests sent, attempts that failed among them.
+        replies: answers paid for.
+        cached: answers that cost nothing.
+        prompt_tokens: billed, of questions.
+        completion_tokens: billed, of answers.
+        cost: in the currency of the prices; 0 without prices.
+        estimated: replies whose server named no usage, so that bytes / 4 were counted.
+        failures: requests that ended without an answer, by cause.
 
     Example:
-        >>> Spent().cost
-        0.0
+        >>> Spent(calls=3).tokens
+        0
     """
 
     calls: int = 0
+    replies: int = 0
     cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -33,103 +35,93 @@ class Spent:
     estimated: int = 0
     failures: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def tokens(self) -> int:
+        """Billed, of questions and answers."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 class Ledger:
-    """Tokens reserved before a call, and settled after it; used by many threads.
-
-    At any time what is settled and what is reserved together stay within the budget, so the budget holds as long as
-    no call is billed more than was reserved for it.
+    """Reserves the most that a request can cost before it is sent, and settles what it did cost.
 
     Args:
-        max_tokens_total: most prompt and completion tokens together; None for no limit.
-        max_cost: most money; needs ``prices``; None for no limit.
-        prices: of a million prompt tokens, and of a million completion tokens.
+        max_tokens: of all questions and answers, None for no bound.
+        max_cost: in the currency of ``prices``, None for no bound.
+        prices: of a million tokens of questions and of answers.
 
     Raises:
-        ValueError: for negative numbers, or a cost without prices.
+        ValueError: if a bound is not positive, a price negative, or ``max_cost`` comes without prices.
 
     Example:
-        >>> ledger = Ledger(max_tokens_total=100)
-        >>> ledger.reserve(20, 50), ledger.reserve(20, 50), ledger.reserve(20, 81)
-        ('reserved', 'later', 'never')
-        >>> ledger.settle((20, 50), (18, 4))
-        >>> ledger.reserve(20, 50), ledger.spent().prompt_tokens
-        ('reserved', 18)
+        >>> ledger = Ledger(max_tokens=100)
+        >>> ledger.reserve(60, 30), ledger.reserve(5, 5), ledger.reserve(1, 0)
+        (True, True, False)
+        >>> ledger.settle((60, 30), (50, 10)), ledger.reserve(20, 10), ledger.spent.tokens
+        (None, True, 60)
     """
 
     def __init__(
         self,
         *,
-        max_tokens_total: int | None = None,
+        max_tokens: int | None = None,
         max_cost: float | None = None,
         prices: tuple[float, float] | None = None,
     ) -> None:
-        if max_tokens_total is not None and not max_tokens_total >= 0:
-            raise ValueError(f"max_tokens_total: expected at least 0, got {max_tokens_total}")
-        if max_cost is not None and not max_cost >= 0:
-            raise ValueError(f"max_cost: expected at least 0, got {max_cost}")
-        if prices is not None and (len(prices) != 2 or not all(price >= 0 for price in prices)):
-            raise ValueError(f"prices: expected two numbers of at least 0, got {prices}")
-        if max_cost is not None and prices is None:
-            raise ValueError("prices: expected the prices per million tokens, as max_cost is given")
-        self.max_tokens_total, self.max_cost, self.prices = max_tokens_total, max_cost, prices
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens_total: expected a positive integer, got {max_tokens}")
+        if max_cost is not None and (prices is None or not max_cost > 0):
+            raise ValueError(f"max_cost: expected a positive number and prices, got {max_cost} and {prices}")
+        if prices is not None and not (len(prices) == 2 and all(price >= 0 for price in prices)):
+            raise ValueError(f"prices: expected two numbers of at least 0 per million tokens, got {prices}")
+        self.max_tokens, self.max_cost, self.prices = max_tokens, max_cost, prices
+        self.spent = Spent()
         self._lock = threading.Lock()
-        self._reserved, self._settled = (0, 0), (0, 0)
-        self._calls = self._cached = self._estimated = 0
-        self._failures: Counter[str] = Counter()
+        self._reserved = [0, 0]
 
     @property
-    def limited(self) -> bool:
-        """Whether there is any budget."""
-        return self.max_tokens_total is not None or self.max_cost is not None
+    def bounded(self) -> bool:
+        """Whether there is a budget at all."""
+        return self.max_tokens is not None or self.max_cost is not None
 
-    def reserve(self, prompt_tokens: int, completion_tokens: int) -> str:
-        """Set tokens aside: "reserved"; "later" if they may fit when others have settled; "never" otherwise."""
+    @property
+    def waiting(self) -> bool:
+        """Whether some reservation may still give back."""
+        return any(self._reserved)
+
+    def price(self, prompt: int, completion: int) -> float:
+        """What tokens cost."""
+        return 0.0 if self.prices is None else (prompt * self.prices[0] + completion * self.prices[1]) / 1e6
+
+    def reserve(self, prompt: int, completion: int) -> bool:
+        """Set tokens aside if the budget allows it."""
         with self._lock:
-            wanted = (prompt_tokens, completion_tokens)
-            if not self._fits(_sum(self._settled, wanted)):
-                return "never"
-            if not self._fits(_sum(self._settled, self._reserved, wanted)):
-                return "later"
-            self._reserved = _sum(self._reserved, wanted)
-            return "reserved"
+            spent = self.spent
+            prompts = spent.prompt_tokens + self._reserved[0] + prompt
+            completions = spent.completion_tokens + self._reserved[1] + completion
+            if self.max_tokens is not None and prompts + completions > self.max_tokens:
+                return False
+            if self.max_cost is not None and self.price(prompts, completions) > self.max_cost:
+                return False
+            self._reserved[0] += prompt
+            self._reserved[1] += completion
+            return True
 
-    def settle(self, reserved: tuple[int, int], used: tuple[int, int], *, estimated: bool = False) -> None:
-        """End one call: give back what was ``reserved``, and count what it ``used``."""
+    def settle(self, reserved: tuple[int, int], used: tuple[int, int] | None, *, estimated: bool = False) -> None:
+        """Give a reservation back and count what was billed; None if nothing was."""
         with self._lock:
-            self._reserved = (self._reserved[0] - reserved[0], self._reserved[1] - reserved[1])
-            self._settled = _sum(self._settled, used)
-            self._estimated += estimated
+            self._reserved[0] -= reserved[0]
+            self._reserved[1] -= reserved[1]
+            if used is not None:
+                self.spent.replies += 1
+                self.spent.estimated += estimated
+                self.spent.prompt_tokens += used[0]
+                self.spent.completion_tokens += used[1]
+                self.spent.cost = self.price(self.spent.prompt_tokens, self.spent.completion_tokens)
 
-    def count_call(self) -> None:
-        """Count an attempt that is about to be sent."""
+    def count(self, *, calls: int = 0, cached: int = 0, failure: str | None = None) -> None:
+        """Count what costs nothing."""
         with self._lock:
-            self._calls += 1
-
-    def count_outcome(self, *, cached: bool = False, cause: str | None = None) -> None:
-        """Count a request that is done."""
-        with self._lock:
-            self._cached += cached
-            if cause is not None:
-                self._failures[cause] += 1
-
-    def spent(self) -> Spent:
-        """What is settled by now; what is under way is not in it."""
-        with self._lock:
-            prompt, completion = self._settled
-            cost = self._cost(self._settled)
-            failures = Counter(self._failures)
-            return Spent(self._calls, self._cached, prompt, completion, cost, self._estimated, failures)
-
-    def _cost(self, tokens: tuple[int, int]) -> float:
-        # From whole token counts each time: a running sum of prices would drift.
-        return (tokens[0] * self.prices[0] + tokens[1] * self.prices[1]) / 1e6 if self.prices else 0.0
-
-    def _fits(self, tokens: tuple[int, int]) -> bool:
-        return (self.max_tokens_total is None or sum(tokens) <= self.max_tokens_total) and (
-            self.max_cost is None or self._cost(tokens) <= self.max_cost
-        )
-
-
-def _sum(*tokens: tuple[int, int]) -> tuple[int, int]:
-    return sum(prompt for prompt, _ in tokens), sum(completion for _, completion in tokens)
+            self.spent.calls += calls
+            self.spent.cached += cached
+            if failure is not None:
+                self.spent.failures[failure] += 1

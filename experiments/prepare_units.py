@@ -42,7 +42,7 @@ __all__ = [
 
 _THUMB = 96
 _THUMBS_A_CAUSE = 2
-_KEPT_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+_KEPT_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def part_file(out: Path, stage: str, unit: int) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from lensmini.data.shard_files import HEADER
 from lensmini.data.source_folders import FolderSource
 from lensmini.data.source_samples import (
     CAPTION_PROBLEMS,
@@ -194,7 +195,8 @@ def open_source(
     """The source that paths look like.
 
     Args:
-        paths: a folder of pictures; a tar, several tars, or a folder that holds nothing but tars; or a list of files.
+        paths: a folder of pictures; a tar, several tars, a folder that holds nothing but tars, or one with our shards;
+            or a list of files.
         limits: ``max_bytes`` and ``max_caption_bytes``, and ``unit_size`` of folders and lists.
 
     Returns:
@@ -217,6 +219,9 @@ def open_source(
             raise FileNotFoundError(f"paths: expected a folder, tars or a list of files, got {file}")
     if len(files) == 1 and files[0].is_dir():
         inside = [path for path in sorted(files[0].iterdir()) if not path.name.startswith(".")]
+        if (files[0] / HEADER).is_file():
+            # Shards: beside the tars stand their manifest and header.
+            inside = [path for path in inside if path.is_file() and _is_tar(path)]
         if not inside or not all(path.is_file() and _is_tar(path) for path in inside):
             return FolderSource(files[0], **limits)
         files = inside

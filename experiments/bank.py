@@ -111,6 +111,18 @@ class FeatureBank:
         """Pictures m."""
         return len(self.caption_of)
 
+    def prepare(self, plan: BatchPlan, step: int, rank: int, world_size: int) -> None:
+        """Make the samples of a step readable: nothing to do, where all are stored."""
+
+    def samples_of(self, pictures: Sequence[int]) -> list[Sample]:
+        """Latents ``[c, h, w]`` float32 and text features of pictures."""
+        samples = []
+        for picture in pictures:
+            tokens = self.latents[self.latent_starts[picture] : self.latent_starts[picture + 1]].float()
+            latents = rearrange(tokens, "(h w) c -> c h w", h=int(self.grids[picture, 0]))
+            samples.append(Sample(picture, latents, self.text_of(picture)))
+        return samples
+
     def text_of(self, picture: int) -> Tensor:
         """``[l, k, e]`` text features of a picture's caption."""
         caption = int(self.caption_of[picture])
@@ -181,14 +193,12 @@ class FeatureBank:
             text_dropout: share of texts to leave out.
             repeats: how often each picture came before in the step (``PlannedStep.repeats``); never by default.
         """
-        rows = []
-        for picture, repeat in zip(pictures, [0] * len(pictures) if repeats is None else repeats, strict=True):
+        rows, found = [], self.samples_of(pictures)
+        for sample, repeat in zip(found, [0] * len(pictures) if repeats is None else repeats, strict=True):
+            picture, latents, text = sample
             stream = random_stream(seed, step, picture, repeat)
             normal, keep = torch.randn((), generator=stream), torch.rand((), generator=stream) >= text_dropout
-            tokens = self.latents[self.latent_starts[picture] : self.latent_starts[picture + 1]].float()
-            latents = rearrange(tokens, "(h w) c -> c h w", h=int(self.grids[picture, 0]))
-            text = self.text_of(picture)
-            noise = torch.randn(tokens.shape, generator=stream)
+            noise = torch.randn(latents[0].numel(), len(latents), generator=stream)
             rows.append((Sample(picture, latents, text if keep else text[:0]), noise, normal))
         # Equal neighbours run as one on a CPU. Dropped texts come last within a grid, so that they stay together.
         rows.sort(key=lambda row: (tuple(row[0].latents.shape), len(row[0].text_tokens)), reverse=True)

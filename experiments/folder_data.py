@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from experiments.bank import FeatureBank, save_bank
+from experiments.lazy_bank import FeatureSource, LazyBank, save_pictures
 from experiments.miniature.world import Miniature
 from experiments.pretrain_data import check_order, encode_pictures, encode_texts
 from experiments.runs import cached_stage, progress, write_json
@@ -60,6 +62,11 @@ class FolderConfig:
     """Share of samples whose text is masked as a whole; the paper does not state it."""
     held_out_share: float = 0.05
     """Share of pictures kept for the validation loss, at least one."""
+    features: FeatureSource = "precomputed"
+    """When samples are encoded: "precomputed", all at once, stored; "rolling", for the next steps, then thrown away;
+    "online", when they are needed."""
+    rolling_steps: int = 100
+    """Steps that are encoded at a time with "rolling"."""
 
     def __post_init__(self) -> None:
         check_order(self.batch_size, self.num_slots, self.text_dropout, self.mode, self.weighting)
@@ -67,6 +74,11 @@ class FolderConfig:
             raise ValueError(
                 "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
                 f"got {self.min_samples} and {self.held_out_share}"
+            )
+        if self.features not in get_args(FeatureSource) or self.rolling_steps < 1:
+            raise ValueError(
+                f"features, rolling_steps: expected one of {get_args(FeatureSource)} and a positive integer, "
+                f"got {self.features!r} and {self.rolling_steps}"
             )
         self.buckets_for(4)
 
@@ -109,6 +121,8 @@ def folder_banks(
     source = _open(config)
     key = {"source": source.fingerprint(), "side": config.side, "ratios": config.ratios, "world": world.key}
     key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 5}
+    stored = config.features == "precomputed"
+    key |= {} if stored else {"pictures": True}
 
     def make(directory: Path) -> None:
         buckets = config.buckets_for(world.autoencoder.downsample)
@@ -119,20 +133,26 @@ def folder_banks(
         for place in (directory, out):
             write_json(place / "folder.json", report)
         _require(config, len(captions), causes, f"; {out / 'folder.json'} lists the files")
-        texts = encode_texts(captions, world, quiet=quiet)
-        latents = encode_pictures(list(enumerate(pictures)), world, quiet=quiet)
         num_held_out = max(1, round(config.held_out_share * len(captions)))
         order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
         for name, part in (("held_out", order[:num_held_out]), ("train", order[num_held_out:])):
             (directory / name).mkdir()
-            pairs = [(number, latents[index][1]) for number, index in enumerate(part)]
-            save_bank(directory / name, [texts[index] for index in part], pairs, [captions[index] for index in part])
+            words, images = [captions[index] for index in part], [pictures[index] for index in part]
+            if name == "train" and not stored:
+                save_pictures(directory / name, images, words, world)
+                continue
+            texts = encode_texts(words, world, quiet=quiet)
+            save_bank(directory / name, texts, encode_pictures(list(enumerate(images)), world, quiet=quiet), words)
 
     path, _ = cached_stage(out.parent, "folder-bank", key, make, quiet=quiet)
     if not quiet:
         for name, kept in (("folder.json", path / "folder.json"), ("captions.txt", path / "train" / "captions.txt")):
             (out / name).write_text(kept.read_text())
-    return FeatureBank.load(path / "train"), FeatureBank.load(path / "held_out")
+    held_out = FeatureBank.load(path / "held_out")
+    if stored:
+        return FeatureBank.load(path / "train"), held_out
+    train = LazyBank.open(path / "train", world, config.features, out / "rolling", config.rolling_steps)
+    return train, held_out
 
 
 def _open(config: FolderConfig) -> FolderSource | TarSource | ListSource:

@@ -278,6 +278,7 @@ def train(group: Group, config: PretrainConfig) -> None:
     start, started, resumed = time.perf_counter(), time.process_time(), state.step
     with StopRequest() as stop, progress(run.steps, state.step, "pretrain", rank=group.rank) as bar:
         while state.step < run.steps:
+            bank.prepare(plan, state.step, group.rank, group.world_size)
             step, loss = plan.step(state.step), 0.0
             for slot in range(group.rank, plan.num_slots, group.world_size):
                 pictures, repeats = step.slot(slot).tolist(), step.repeats(slot).tolist()

@@ -214,6 +214,11 @@ class FeatureStore:
         return FeatureStore, (str(self.folder),)
 
     @property
+    def numbers(self) -> list[int]:
+        """Of the samples, in order."""
+        return self._places[:, 0].tolist()
+
+    @property
     def precision(self) -> Precision:
         """How they are stored."""
         return self._header.precision

@@ -118,7 +118,10 @@ class RollingFeatures:
         samples: dict[int, Sample] = {}
         path = self._path(window)
         if (path / "features.json").exists():
-            return FeatureStore(path)
+            store = FeatureStore(path)
+            # A run that went on with other processes has other samples in a window of that name.
+            if store.numbers == numbers:
+                return store
         for first in range(0, len(numbers), self.batch_size):
             for sample in self.encode(numbers[first : first + self.batch_size]):
                 samples[sample.number] = sample

@@ -168,6 +168,9 @@ def test_windows_are_encoded_once_and_thrown_away(tmp_path):
     assert equal(again.read([100])[0], round_sample(sample(100), "bf16"))
     with pytest.raises(ValueError, match=r"numbers: .*\[3\]"):
         again.read([3])
+    other = RollingFeatures(lambda step: [step], encode, tmp_path, steps=4)
+    other.prepare(11)
+    assert [s.number for s in other.read([8, 11])] == [8, 11] and other._current.numbers == [8, 9, 10, 11]
 
 
 def test_an_error_ahead_comes_up_in_the_trainer(tmp_path):

@@ -11,7 +11,7 @@ from lensmini.data.buckets import Bucket, make_buckets
 from lensmini.data.caption_prompts import Mode
 from lensmini.data.filters import Thresholds
 
-__all__ = ["CaptionConfig", "ModelsConfig", "PrepareConfig", "PrepareRun", "ShardConfig"]
+__all__ = ["CaptionConfig", "ModelsConfig", "PrepareConfig", "PrepareRun", "ShardConfig", "TextConfig"]
 
 Missing = Literal["given", "missing", "all"]
 
@@ -115,6 +115,20 @@ class ShardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """Pictures of text, drawn in place of read; PATH is a file with a text a line."""
+
+    num: int = 0
+    """Pictures; 0 reads pictures instead."""
+    height: int = 512
+    """Pixels."""
+    width: int = 512
+    """Pixels."""
+    fonts: tuple[Path, ...] = ()
+    """Font files; none for those of matplotlib."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareRun:
     """Where and with how many."""
 
@@ -151,6 +165,8 @@ class PrepareConfig:
 
     path: Path = Path("pictures")
     """A folder, a tar or a folder of tars, or a list of files."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Pictures of text, in place of pictures that are there."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Which scores keep a picture."""
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -162,7 +178,7 @@ class PrepareConfig:
     run: PrepareRun = field(default_factory=PrepareRun)
     """Where and with how many."""
     seed: int = 0
-    """Of mixed captions."""
+    """Of mixed captions, and of drawn text."""
 
     def identity(self, fingerprint: str) -> str:
         """Hash of everything that decides the result: input and settings, not where, how fast or at what price."""

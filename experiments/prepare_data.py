@@ -4,6 +4,7 @@
     python -m experiments.prepare_data tars --path DIR --captions.which missing --captions.url http://localhost:8000/v1
     python -m experiments.prepare_data list --path FILE --run.shard 3/64      one of 64 tasks, anywhere, in any order
     python -m experiments.prepare_data folder --path DIR --run.ray            the same work as Ray tasks
+    python -m experiments.prepare_data text --path FILE --text.num 1000       a text a line, drawn; with exact boxes
 
 ``OUT/shards`` holds tars by bucket with a manifest, for `python -m experiments.pretrain folder --data.path OUT/shards` and
 for any reader of webdataset's tars; ``OUT/report.html`` shows what was thrown away and why, ``OUT/summary.json`` counts it.
@@ -24,12 +25,11 @@ from typing import Any
 import torch
 import tyro
 
-from experiments.prepare_config import PrepareConfig
+from experiments.prepare_config import PrepareConfig, TextConfig
 from experiments.prepare_report import write_report
 from experiments.prepare_stages import caption_units, drop_duplicates, group_units, merge_groups, write_group
-from experiments.prepare_units import part_file, run_unit
+from experiments.prepare_units import open_input, part_file, run_unit
 from experiments.runs import progress, provenance, write_json
-from lensmini.data import open_source
 
 __all__ = ["PrepareConfig", "Unfinished", "cli", "prepare"]
 
@@ -55,7 +55,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         RuntimeError: if captions are missing because a server failed.
     """
     out = config.run.out
-    source = open_source(config.path)
+    source = open_input(config)
     num_units = len(source.units())
     if not num_units:
         raise ValueError(f"path: expected pictures in {config.path}, found nothing")
@@ -157,7 +157,12 @@ def listed() -> PrepareConfig:
     return PrepareConfig(path=Path("list.txt"))
 
 
-PRESETS = {"folder": folder, "tars": tars, "list": listed}
+def text() -> PrepareConfig:
+    """Texts of a file, drawn onto backgrounds; their boxes stand in the samples' json."""
+    return PrepareConfig(path=Path("texts.txt"), text=TextConfig(num=1000))
+
+
+PRESETS = {"folder": folder, "tars": tars, "list": listed, "text": text}
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

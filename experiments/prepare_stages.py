@@ -1,5 +1,6 @@
 """The later stages of `experiments.prepare_data`: duplicates, captions, shards."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -225,14 +226,16 @@ def _samples(config: PrepareConfig, units: range) -> Iterator[ShardSample]:
                 continue
             suffix, data = stored_picture(sample.picture, read_picture(sample.picture))
             (bucket,) = assign_buckets([row["height"]], [row["width"]], buckets, bases=bases, small="upscale")
-            caption = row["caption"].encode()
+            members = {suffix: data, "txt": row["caption"].encode()}
+            if sample.metadata:
+                members["json"] = json.dumps(sample.metadata, sort_keys=True).encode()
             yield ShardSample(
                 sample.key,
                 int(bucket),
                 row["height"],
                 row["width"],
                 min(count_words(row["caption"]), 2**16 - 1),
-                {suffix: data, "txt": caption},
+                members,
                 {name: float(row["scores"][name]) for name in names},
             )
 

@@ -28,9 +28,12 @@ from lensmini.data.filters import (
 )
 from lensmini.data.pictures import Picture
 from lensmini.data.source_samples import RawSample
+from lensmini.data.sources import Source
+from lensmini.data.text_pictures import TextSource
 
 __all__ = [
     "embedding_file",
+    "open_input",
     "part_file",
     "read_rows",
     "read_unit",
@@ -43,6 +46,20 @@ __all__ = [
 _THUMB = 96
 _THUMBS_A_CAUSE = 2
 _KEPT_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def open_input(config: PrepareConfig) -> Source:
+    """What the pictures come from.
+
+    Raises:
+        ValueError: if there are no texts to draw.
+    """
+    if not config.text.num:
+        return open_source(config.path)
+    texts = [line.strip() for line in config.path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    fonts = [str(font) for font in config.text.fonts] or None
+    size = {"height": config.text.height, "width": config.text.width}
+    return TextSource(texts, config.text.num, seed=config.seed, fonts=fonts, **size)
 
 
 def part_file(out: Path, stage: str, unit: int) -> Path:
@@ -84,7 +101,7 @@ def run_unit(config: PrepareConfig, index: int) -> int:
     path = part_file(out, "parts", index)
     if path.exists():
         return index
-    unit = _units(config.path)[index]
+    unit = _units(config)[index]
     rows: list[dict[str, Any]] = []
     embeddings: list[Tensor] = []
     waiting: list[tuple[dict[str, Any], Tensor]] = []
@@ -100,7 +117,7 @@ def run_unit(config: PrepareConfig, index: int) -> int:
                     row["thumb"] = base64.b64encode(small).decode()
             waiting.clear()
 
-    for sample in open_source(config.path).read(unit):
+    for sample in open_input(config).read(unit):
         if isinstance(sample, Dropped):
             rows.append({"key": sample.key, "fate": sample.cause, "detail": sample.detail[:200]})
             continue
@@ -128,7 +145,7 @@ def run_unit(config: PrepareConfig, index: int) -> int:
 
 def read_unit(config: PrepareConfig, index: int) -> Iterator[RawSample]:
     """The samples of a unit again, as the source has them."""
-    for sample in open_source(config.path).read(_units(config.path)[index]):
+    for sample in open_input(config).read(_units(config)[index]):
         if isinstance(sample, RawSample):
             yield sample
 
@@ -183,5 +200,5 @@ def _filters(models: ModelsConfig) -> dict[str, ModelFilter]:
 
 
 @lru_cache(maxsize=1)
-def _units(path: Path) -> list[Unit]:
-    return open_source(path).units()
+def _units(config: PrepareConfig) -> list[Unit]:
+    return open_input(config).units()

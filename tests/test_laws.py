@@ -668,6 +668,8 @@ ENTRIES = [
 ]
 
 EXCLUDED = {
+    "lensmini.data.text_pictures.TextPicture": "a record of a picture; tests/data/test_text_pictures.py",
+    "lensmini.data.text_pictures.draw_text_picture": "text to a picture; tests/data/test_text_pictures.py",
     "lensmini.data.features.FeatureStore": "files of features; tests/data/test_features.py",
     "lensmini.data.fp8.dequantise_features": "of eight-bit codes; tests/data/test_features.py",
     "lensmini.data.fp8.quantise_features": "rounds to eight bits on purpose; tests/data/test_features.py",

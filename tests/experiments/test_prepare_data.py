@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.prepare_config import CaptionConfig, ModelsConfig, PrepareConfig, PrepareRun, ShardConfig
+from experiments.prepare_config import CaptionConfig, ModelsConfig, PrepareConfig, PrepareRun, ShardConfig, TextConfig
 from experiments.prepare_data import Unfinished, cli, prepare
 from experiments.prepare_units import read_rows
 from lensmini.data import SampleIndex, describe_scene, encode_picture, read_picture, render_scene, sample_scene
@@ -145,7 +145,7 @@ def test_hostile_folders_are_counted_file_by_file(tmp_path):
     reader = ShardReader(tmp_path / "out" / "shards")
     for row in range(len(reader)):
         sample = reader[row]
-        (data,) = [data for suffix, data in sample.members.items() if suffix != "txt"]
+        (data,) = [data for suffix, data in sample.members.items() if suffix not in ("txt", "json")]
         image = read_picture(data).image.permute(1, 2, 0).numpy().astype(int)
         if sample.key in expected.pixels:
             pixels, limit = expected.pixels[sample.key]
@@ -254,6 +254,19 @@ def test_models_judge_and_near_duplicates_go(tmp_path):
     assert {row["key"] for row in rows} & {"twin.png", "00000.png"} and summary["dropped"]["near-duplicate"] == len(
         rows
     )
+
+
+def test_drawn_text_is_stored_with_its_boxes(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "texts.txt").write_text("Hello\n\nOpen until 9\n\u0427\u0430\u0439\n")
+    drawn = TextConfig(num=7, height=64, width=80)
+    summary = adds_up(prepare(config(tmp_path / "texts.txt", tmp_path / "out", text=drawn)))
+    assert summary["kept"] == 7
+    reader = ShardReader(tmp_path / "out" / "shards")
+    for sample in map(reader.__getitem__, range(7)):
+        lines = json.loads(sample.members["json"])["lines"]
+        assert lines and all(f'"{line["text"]}"' in sample.members["txt"].decode() for line in lines)
+        assert all(0 <= x <= 80 and 0 <= y <= 64 for line in lines for x, y in line["quad"])
 
 
 def test_the_report_shows_counts_and_no_raw_markup(tmp_path):

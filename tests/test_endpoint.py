@@ -117,9 +117,13 @@ SIZES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, 
 @given(SIZES, st.integers(40, 800), st.sampled_from([1, 4]))
 def test_a_budget_is_never_exceeded_and_not_left_while_a_request_fits(sizes, budget, concurrency):
     def answer(body):
-        return " ".join(["w"] * (body["max_tokens"] - 1))
+        # As much as was set aside: 32 tokens for the message and one for each byte, and the longest answer.
+        return {
+            "text": "w",
+            "usage": {"prompt_tokens": 32 + len(text_of(body)), "completion_tokens": body["max_tokens"]},
+        }
 
-    with ChatServer(answer) as server:
+    with ChatServer(answer, lambda body, number: Fault(delay_s=0.002)) as server:
         endpoint = connect(server, concurrency=concurrency, max_tokens_total=budget)
         requests = [ask("a" * length, seed=n, max_tokens=most) for n, (length, most) in enumerate(sizes)]
         outcomes = endpoint.ask_all(requests)

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -585,3 +586,23 @@ def test_compressed_and_repeated_tars_are_refused(tmp_path):
         index_tars(tmp_path / "a.tar", tmp_path / "out", text_tokens=len)
     with pytest.raises(ValueError, match="each tar once"):
         index_tars([tmp_path / "a.tar"] * 2, tmp_path / "out", text_tokens=len)
+
+
+def test_without_checks_bytes_come_as_they_are_and_verifying_still_tells(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "copy")
+    quick, info = ShardReader(folder, check=False), ShardReader(folder).files.shards[0]
+    before, tar = quick[0], folder / info.name
+    assert pickle.loads(pickle.dumps(quick)).check is False and before == ShardReader(folder)[0]
+    data = bytearray(tar.read_bytes())
+    name = next(iter(before.members))
+    place = data.index(before.members[name])
+    data[place] ^= 1
+    tar.write_bytes(data)
+    assert quick[0].members[name] != before.members[name] and quick[0].key == before.key
+    with pytest.raises(DamagedSample, match="wrong checksum"):
+        ShardReader(folder)[0]
+    assert [damage.key for damage in quick.verify(0)] == [before.key]
+    data[124:136] = b"no octal now"
+    tar.write_bytes(data)
+    with pytest.raises(DamagedSample, match="wrong checksum"):
+        quick[0]

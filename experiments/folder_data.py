@@ -28,6 +28,7 @@ from lensmini.data import (
     resize_and_crop,
 )
 from lensmini.data.collate import Weighting
+from lensmini.data.features import Precision
 from lensmini.data.plan import Mode
 
 __all__ = ["FolderConfig", "FolderError", "check_folder", "folder_banks"]
@@ -62,9 +63,11 @@ class FolderConfig:
     """Share of samples whose text is masked as a whole; the paper does not state it."""
     held_out_share: float = 0.05
     """Share of pictures kept for the validation loss, at least one."""
-    features: FeatureSource = "precomputed"
-    """When samples are encoded: "precomputed", all at once, stored; "rolling", for the next steps, then thrown away;
-    "online", when they are needed."""
+    features: FeatureSource = "bank"
+    """When samples are encoded: "bank", all at once into one file, for small sets; "precomputed", once, into shards by bucket;
+    "rolling", for the next steps, then thrown away; "online", when they are needed. The last three give the same batches."""
+    precision: Precision = "bf16"
+    """Of what is encoded, with the last three: "bf16", "fp32", or "fp8", text in eight bits."""
     rolling_steps: int = 100
     """Steps that are encoded at a time with "rolling"."""
 
@@ -75,10 +78,12 @@ class FolderConfig:
                 "min_samples, held_out_share: expected at least 2 and a share in [0, 0.5], "
                 f"got {self.min_samples} and {self.held_out_share}"
             )
-        if self.features not in get_args(FeatureSource) or self.rolling_steps < 1:
+        known = self.features in get_args(FeatureSource) and self.precision in get_args(Precision)
+        if not known or self.rolling_steps < 1:
             raise ValueError(
-                f"features, rolling_steps: expected one of {get_args(FeatureSource)} and a positive integer, "
-                f"got {self.features!r} and {self.rolling_steps}"
+                f"features, precision, rolling_steps: expected one of {get_args(FeatureSource)}, one of "
+                f"{get_args(Precision)} and a positive integer, got {self.features!r}, {self.precision!r} and "
+                f"{self.rolling_steps}"
             )
         self.buckets_for(4)
 
@@ -121,7 +126,7 @@ def folder_banks(
     source = _open(config)
     key = {"source": source.fingerprint(), "side": config.side, "ratios": config.ratios, "world": world.key}
     key |= {"min_samples": config.min_samples, "held_out_share": config.held_out_share, "version": 5}
-    stored = config.features == "precomputed"
+    stored = config.features == "bank"
     key |= {} if stored else {"pictures": True}
 
     def make(directory: Path) -> None:
@@ -151,8 +156,10 @@ def folder_banks(
     held_out = FeatureBank.load(path / "held_out")
     if stored:
         return FeatureBank.load(path / "train"), held_out
-    train = LazyBank.open(path / "train", world, config.features, out / "rolling", config.rolling_steps)
-    return train, held_out
+    shared = path.with_name(f"{path.name}-features-{config.precision}")
+    folder = shared if config.features == "precomputed" else out / "rolling"
+    options = {"steps": config.rolling_steps, "precision": config.precision}
+    return LazyBank.open(path / "train", world, config.features, folder, **options), held_out
 
 
 def _open(config: FolderConfig) -> FolderSource | TarSource | ListSource:

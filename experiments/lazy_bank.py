@@ -1,11 +1,12 @@
-"""A bank whose samples are encoded when they are needed, or for the next steps only.
+"""A bank whose samples are encoded once into shards, for the next steps only, or when they are needed.
 
 Axes: m pictures, l text tokens, k text layers, e text width, c channels, h and w latent height and width.
 
-Pictures lie beside as uint8, captions as text; what is encoded is rounded as a :class:`FeatureBank` would have stored it, one
-sample at a time, so that no batch shows in the values.
+Pictures lie beside as uint8, captions as text. Samples are encoded one at a time, so that no batch shows in the values, and rounded
+as they would be stored: all three give the same.
 """
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from experiments.bank import FeatureBank
 from experiments.miniature.world import Miniature
 from experiments.pretrain_data import encode_pictures, encode_texts
 from lensmini.data import BatchPlan, Sample
-from lensmini.data.features import Features, OnlineFeatures
+from lensmini.data.features import Features, FeatureStore, OnlineFeatures, Precision, write_features
 from lensmini.data.rolling import RollingFeatures
 
 __all__ = ["FeatureSource", "LazyBank", "save_pictures"]
 
-FeatureSource = Literal["precomputed", "rolling", "online"]
+FeatureSource = Literal["bank", "precomputed", "rolling", "online"]
 
 
 def save_pictures(directory: Path, pictures: Sequence[Tensor], captions: Sequence[str], world: Miniature) -> None:
@@ -68,18 +69,29 @@ class LazyBank(FeatureBank):
     kind: FeatureSource = "online"
     folder: Path = Path()
     steps: int = 100
+    precision: Precision = "bf16"
     source: list[Features] = field(default_factory=list)
 
     @classmethod
-    def open(cls, directory: Path, world: Miniature, kind: FeatureSource, folder: Path, steps: int) -> "LazyBank":
+    def open(
+        cls,
+        directory: Path,
+        world: Miniature,
+        kind: FeatureSource,
+        folder: Path,
+        *,
+        steps: int = 100,
+        precision: Precision = "bf16",
+    ) -> "LazyBank":
         """What :func:`save_pictures` wrote.
 
         Args:
             directory: of the pictures.
             world: encodes.
-            kind: "online" or "rolling".
-            folder: where windows are kept, for "rolling".
+            kind: "precomputed", "rolling" or "online".
+            folder: where features are kept: of all processes, for "precomputed"; of this run, for "rolling".
             steps: of a window.
+            precision: of what is kept.
         """
         tensors = load_file(directory / "pictures.safetensors")
         grids, lengths = tensors["grids"], tensors["text_lengths"]
@@ -98,13 +110,16 @@ class LazyBank(FeatureBank):
             kind=kind,
             folder=folder,
             steps=steps,
+            precision=precision,
         )
 
     def prepare(self, plan: BatchPlan, step: int, rank: int, world_size: int) -> None:
-        """Encode the window of a step, if there are windows."""
+        """Encode what the step needs: everything that is missing, its window, or nothing yet."""
         if not self.source:
             if self.kind == "online":
-                self.source.append(OnlineFeatures(self._encode, precision="fp32"))
+                self.source.append(OnlineFeatures(self._encode, precision=self.precision))
+            elif self.kind == "precomputed":
+                self.source.append(self._store())
             else:
 
                 def numbers_of(step: int) -> list[int]:
@@ -113,9 +128,8 @@ class LazyBank(FeatureBank):
                     return [number for slot in slots for number in planned.slot(slot).tolist()]
 
                 folder = self.folder / f"{rank}-of-{world_size}"
-                # Rounded already, so that float32 keeps them exactly.
-                rolling = RollingFeatures(numbers_of, self._encode, folder, steps=self.steps, precision="fp32")
-                self.source.append(rolling)
+                options = {"steps": self.steps, "precision": self.precision}
+                self.source.append(RollingFeatures(numbers_of, self._encode, folder, **options))
         (source,) = self.source
         if isinstance(source, RollingFeatures):
             source.prepare(step)
@@ -123,8 +137,19 @@ class LazyBank(FeatureBank):
     def samples_of(self, pictures: Sequence[int]) -> list[Sample]:
         """The samples of pictures of the step that was prepared."""
         (source,) = self.source
-        # Half precision as in a stored bank: the model sees the same dtypes.
+        # Half precision as in a bank: the model sees the same dtypes.
         return [Sample(n, latents, text.to(torch.bfloat16)) for n, latents, text in source.read(pictures)]
+
+    def _store(self) -> FeatureStore:
+        """Shards of every grid, written by one process while the others wait; a kill loses one shard."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            groups = [members for _, members in sorted(self.by_grid().items())]
+            write_features(
+                groups, self._encode, self.folder, precision=self.precision, made_by={"samples": self.digest}
+            )
+        return FeatureStore(self.folder)
 
     def _encode(self, numbers: Sequence[int]) -> list[Sample]:
         assert self.world is not None
@@ -136,5 +161,5 @@ class LazyBank(FeatureBank):
             pixels = self.pixels[first : first + 3 * height * width].reshape(3, height, width)
             [(_, latents)] = encode_pictures([(0, pixels)], self.world, quiet=True)
             (text,) = encode_texts([self.captions[number]], self.world, quiet=True)
-            samples.append(Sample(number, latents.to(torch.float16).float(), text.to(torch.bfloat16).float()))
+            samples.append(Sample(number, latents.float(), text.float()))
         return samples

@@ -2,8 +2,8 @@
 
 Axes: m pictures, l text tokens, k text layers, e text width, c channels, h and w latent height and width.
 
-Pictures lie beside as uint8, captions as text. Samples are encoded one at a time, so that no batch shows in the values, and rounded
-as they would be stored: all three give the same.
+Pictures lie beside as uint8, captions as text. Samples are encoded one at a time, so that no batch shows in the values, and
+rounded as they would be stored: all three give the same.
 """
 
 import fcntl

@@ -71,6 +71,10 @@ class CaptionConfig:
     """Never spend more; needs prices."""
     prices: tuple[float, float] | None = None
     """Of a million tokens of questions and of answers."""
+    max_tokens_total: int | None = None
+    """Never use more tokens, of questions and answers together."""
+    deadline_s: float | None = None
+    """Stop asking after so many seconds; the same command goes on."""
     max_tokens: int = 1024
     """Of one answer."""
     max_attempts: int = 3
@@ -186,6 +190,15 @@ class PrepareConfig:
         values = {f.name: config_dict(getattr(self, f.name)) for f in fields(self) if f.name not in apart}
         for name in ("device", "batch_size", "local_files_only"):
             values["models"].pop(name)
-        for name in ("url", "key_env", "concurrency", "max_cost", "prices", "timeout_s"):
+        for name in (
+            "url",
+            "key_env",
+            "concurrency",
+            "max_cost",
+            "prices",
+            "timeout_s",
+            "max_tokens_total",
+            "deadline_s",
+        ):
             values["captions"].pop(name)
         return hashlib.sha256(json.dumps([fingerprint, values], sort_keys=True, default=str).encode()).hexdigest()

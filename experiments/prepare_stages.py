@@ -92,6 +92,8 @@ def open_captioner(config: PrepareConfig) -> Captioner:
         concurrency=captions.concurrency,
         timeout_s=captions.timeout_s,
         max_cost=captions.max_cost,
+        max_tokens_total=captions.max_tokens_total,
+        deadline_s=captions.deadline_s,
         prices=captions.prices,
         cache=config.run.out / "replies.sqlite",
     )

@@ -45,6 +45,7 @@ __all__ = [
 
 _THUMB = 96
 _THUMBS_A_CAUSE = 2
+_MOST_BYTES = 2**28
 _KEPT_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -132,7 +133,7 @@ def run_unit(config: PrepareConfig, index: int) -> int:
         row |= {"height": height, "width": width, "format": picture.format, "notes": sorted(picture.notes)}
         row["pixels"] = hashlib.sha256(f"{height} ".encode() + picture.image.numpy().tobytes()).hexdigest()[:32]
         waiting.append((row, picture.image))
-        if len(waiting) == config.models.batch_size:
+        if len(waiting) == config.models.batch_size or sum(image.numel() for _, image in waiting) > _MOST_BYTES:
             flush()
     flush()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +182,13 @@ def _judge(config: PrepareConfig, waiting: list[tuple[dict[str, Any], Tensor]]) 
     left = [index for index, (row, _) in enumerate(waiting) if row["fate"] == "kept"]
     if "embedder" not in filters or not left:
         return []
-    return list(filters["embedder"]([images[index] for index in left]))
+    embeddings = []
+    for index, embedding in zip(left, filters["embedder"]([images[index] for index in left]), strict=True):
+        if bool(embedding.isfinite().all()):
+            embeddings.append(embedding)
+        else:
+            waiting[index][0]["fate"] = "not a number"
+    return embeddings
 
 
 @lru_cache(maxsize=1)

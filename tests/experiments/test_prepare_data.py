@@ -269,6 +269,30 @@ def test_drawn_text_is_stored_with_its_boxes(tmp_path):
         assert all(0 <= x <= 80 and 0 <= y <= 64 for line in lines for x, y in line["quad"])
 
 
+def test_a_budget_ends_the_captions_and_a_larger_one_goes_on(tmp_path):
+    raw = scenes(tmp_path / "raw", range(6), captions=False)
+    with ChatServer(lambda body: GOOD) as server:
+        captions = CaptionConfig(which="all", url=server.url, model="m", concurrency=1, max_tokens_total=11_500)
+        with pytest.raises(RuntimeError, match="x budget; the same command goes on"):
+            prepare(config(raw, tmp_path / "out", captions=captions))
+        asked = len(server.requests)
+        assert 0 < asked < 6
+        richer = replace(captions, max_tokens_total=None)
+        assert prepare(config(raw, tmp_path / "out", captions=richer))["kept"] == 6
+        assert len(server.requests) == 6
+
+
+def test_large_pictures_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    raw, seen = scenes(tmp_path / "raw", range(9)), []
+    import experiments.prepare_units as units
+
+    judge = units._judge
+    monkeypatch.setattr(units, "_MOST_BYTES", 20_000)
+    monkeypatch.setattr(units, "_judge", lambda c, waiting: seen.append(len(waiting)) or judge(c, waiting))
+    assert prepare(config(raw, tmp_path / "out"))["kept"] == 9
+    assert sum(seen) == 9 and max(seen) == 3
+
+
 def test_the_report_shows_counts_and_no_raw_markup(tmp_path):
     raw = scenes(tmp_path / "raw", range(5))
     (raw / "00001.txt").write_text("A <script>alert(1)</script> & more.")

@@ -1,5 +1,6 @@
 """Laws of experiments.prepare_data: everything is counted once, and the end is the same however it was reached."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -407,12 +408,18 @@ def test_ray_does_the_same_and_outlives_a_worker(tmp_path):
 
         killed = []
 
+        def working():
+            """Processes that Ray has named after the task they are at."""
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    if path.read_bytes().startswith(b"ray::run_unit"):
+                        yield int(path.parent.name)
+
         def kill():
             # The first worker that has begun a unit.
             for _ in range(600):
-                found = subprocess.run(["pgrep", "-f", "ray::run_unit"], capture_output=True, text=True, check=False)
-                for number in found.stdout.split():
-                    os.kill(int(number), signal.SIGKILL)
+                for number in working():
+                    os.kill(number, signal.SIGKILL)
                     killed.append(number)
                     return
                 time.sleep(0.01)

@@ -103,7 +103,7 @@ def cli(arguments: Sequence[str] | None = None) -> None:
     """Read the command line; what a person can mend ends in one line."""
     try:
         main(tyro.cli(BuildConfig, args=arguments, prog="python -m experiments.build_prompts"))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"build_prompts: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["parse_json"]
@@ -9,7 +10,7 @@ __all__ = ["parse_json"]
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n?(.*?)```", re.DOTALL)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     r"""The object or list that an answer holds: bare, in a code fence, inside prose, or with small mistakes.
 
     Small mistakes (trailing commas, single quotes, a missing bracket) are mended by ``json_repair`` if it is installed.
@@ -17,9 +18,10 @@ def parse_json(text: str) -> Any:
 
     Args:
         text: the answer.
+        object_pairs_hook: as of :func:`json.loads`, for who has to see keys that come twice; not for what is mended.
 
     Returns:
-        A dictionary or a list, not empty.
+        A dictionary or a list, or what the hook makes of an object; not empty.
 
     Raises:
         ValueError: if there is none, with the beginning of the text.
@@ -35,7 +37,7 @@ def parse_json(text: str) -> Any:
     spans += [stripped[min(starts) : ends]] if starts and ends > min(starts) else []
     for span in spans:
         try:
-            value = json.loads(span)
+            value = json.loads(span, object_pairs_hook=object_pairs_hook)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict | list) and value:

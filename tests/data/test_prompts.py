@@ -191,6 +191,7 @@ def test_rubrics_are_read_from_any_dress(text):
         (json.dumps({**GOOD, "object count 2": 3}), "not a text"),
         (json.dumps({**GOOD, "spatial layout": "w " * 50}), "too long"),
         (json.dumps({**GOOD, "object count 2": "three bagels lie there."}), "repeated"),
+        (json.dumps({**GOOD, "object count 2": "Bad \ud83d half."}), "characters"),
         (json.dumps({"object count": "Three."}), "too few"),
         (json.dumps({f"object count {n}": f"Check {n}." for n in range(11)}), "too many"),
     ],
@@ -201,7 +202,10 @@ def test_each_mistake_in_rubrics_has_its_name(text, cause):
 
 
 def long(text):
-    return f"{text} " + "The light is soft and warm in the early morning. " * 3
+    return (
+        f"{text} "
+        + "The light is soft and warm in the early morning, and nothing moves but a flag over the harbour. " * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,6 +220,11 @@ def long(text):
             ["repeated", "too short", "too long", "not a text"],
         ),
         (json.dumps({"a": {"b": "c"}}), 0, ["not a list"]),
+        (json.dumps([long("A")[:-8]]), 0, ["cut"]),
+        (json.dumps(["I'm sorry, but " + long("I cannot.")]), 0, ["refusal"]),
+        (json.dumps([long("A") + "One more sentence that repeats itself. " * 3]), 0, ["loop"]),
+        (json.dumps([long("A \ud83d half")]), 0, ["characters"]),
+        (json.dumps([long("A <|im_start|> token")]), 0, ["characters"]),
         ("", 0, ["no JSON"]),
     ],
 )
@@ -236,7 +245,7 @@ def answer(body):
     # Every fifth subject is described like all others.
     start = "The same thing everywhere" if whim % 5 == 0 else f"Seen from view {whim % 997}: {subject}"
     words = " ".join(hashlib.sha256(f"{start}{n}".encode()).hexdigest()[:5] for n in range(30))
-    return json.dumps([f"{start} number {n}, {words}" for n in range(5)])
+    return json.dumps([f"{start} number {n}, {words}." for n in range(5)])
 
 
 def test_every_item_is_counted_and_an_interrupted_build_ends_the_same(tmp_path):
@@ -273,6 +282,48 @@ def test_every_item_is_counted_and_an_interrupted_build_ends_the_same(tmp_path):
     assert row["global_rubric"] == dict([GLOBAL_RUBRIC]) and not any("structural" in name for name in row["rubrics"])
     written = json.loads((tmp_path / "whole" / "report.json").read_text())
     assert written["coverage"] == coverage_table(records)
+
+
+def test_keys_that_come_twice_are_both_read():
+    text = '{"object count": "Two cats.", "object count": "One dog.", "colour accuracy": "Red."}'
+    rubrics, causes = parse_rubrics(text, RUBRIC_NAMES)
+    assert (
+        rubrics == {"object count": "Two cats.", "object count 2": "One dog.", "colour accuracy": "Red."} and not causes
+    )
+
+
+def test_answers_that_were_cut_are_asked_for_again(tmp_path):
+    asked = []
+
+    def ask(requests):
+        for index, request in enumerate(requests):
+            asked.append(request.seed)
+            text = json.dumps(GOOD) if "<prompt>" in request.messages[0]["content"] else json.dumps([long("A bagel.")])
+            yield index, Reply(text[:-4] if not request.seed else text, "stop" if request.seed else "length", 1, 1)
+
+    report = build_prompts([Item("Food", "Breads", "bagel")], ask, tmp_path)
+    assert asked == [0, 1, 0, 1] and report.records == 1 and report.answers == {"cut": 2}
+    cut = Reply('["rye roll", "pumpernick', "length", 1, 1)
+    grown, causes = extend_taxonomy(small(), lambda requests: ((n, cut) for n, _ in enumerate(requests)), target=99)
+    assert grown == small() and causes == {"cut": len(small().subcategories())}
+
+
+def test_a_server_that_fails_ends_the_build_and_nothing_is_lost(tmp_path):
+    with pytest.raises(RuntimeError, match="1 x budget; the same call goes on"):
+        build_prompts(
+            [Item("Food", "Breads", "bagel")],
+            lambda requests: ((n, Failure("budget")) for n, _ in enumerate(requests)),
+            tmp_path,
+        )
+    assert not (tmp_path / "prompts.jsonl").exists()
+    with pytest.raises(ValueError, match="categories"):
+        build_prompts([Item("Foods", "Breads", "bagel")], lambda requests: iter(()), tmp_path)
+
+
+def test_marks_tell_words_apart():
+    assert normalise("\u0915\u093e") != normalise("\u0915\u093f") and normalise("\u0e01\u0e34") != normalise(
+        "\u0e01\u0e35"
+    )
 
 
 def test_coverage_adds_up(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,13 +98,17 @@ def build_prompts(
         What became of the items.
 
     Raises:
-        ValueError: if a number is out of range, or an item comes twice.
+        ValueError: if a number is out of range, an item comes twice, or its category is unknown.
+        RuntimeError: if questions failed for the server's or the budget's sake, counted by cause; nothing is written.
 
     Example:
         >>> import tempfile
         >>> def ask(requests):
         ...     for index, request in enumerate(requests):
-        ...         prompts = json.dumps(["One bagel on a blue plate. " + "It lies still. " * 10])
+        ...         words = (
+        ...             "round warm brown shiny seeded fresh split soft plain lone still quiet early bright clean small"
+        ...         )
+        ...         prompts = json.dumps([f"One bagel on a blue plate, {words}, on a table."])
         ...         rubrics = json.dumps(
         ...             {"object count": "One bagel.", "colour accuracy": "Blue.", "object presence": "A plate."}
         ...         )
@@ -121,6 +126,9 @@ def build_prompts(
         )
     if len(set(items)) != len(items):
         raise ValueError(f"items: expected every item once, got {len(items) - len(set(items))} again")
+    unknown = sorted({item.category for item in items} - set(CATEGORIES))
+    if unknown:
+        raise ValueError(f"items: expected categories of {CATEGORIES}, got {unknown}")
     answers, lost = Counter[str](), Counter[str]()
     drawn = [draw_dimensions(item, seed=seed) for item in items]
 
@@ -232,10 +240,14 @@ def _ask_until(
 ) -> dict[int, Any]:
     """Good answers by index; what gives none is asked again, a few times."""
     found: dict[int, Any] = {}
+    failed = Counter[str]()
     left = list(indices)
     for attempt in range(max_attempts):
         again: list[int] = []
         for position, outcome in ask(request(index, attempt) for index in left):
+            if isinstance(outcome, Failure):
+                failed[outcome.cause] += 1
+                continue
             good, causes = _outcome(outcome, parse)
             answers.update(causes)
             if good:
@@ -243,14 +255,17 @@ def _ask_until(
             else:
                 again.append(left[position])
         left = sorted(again)
+        if failed:
+            counted = ", ".join(f"{count} x {cause}" for cause, count in failed.most_common())
+            raise RuntimeError(f"ask: expected an answer to every question, got {counted}; the same call goes on")
         if not left:
             break
     return found
 
 
-def _outcome(outcome: Reply | Failure, parse: Any) -> tuple[Any, list[str]]:
-    if isinstance(outcome, Failure):
-        return None, [outcome.cause]
+def _outcome(outcome: Reply, parse: Any) -> tuple[Any, list[str]]:
+    if outcome.finish_reason == "length":
+        return None, ["cut"]
     if outcome.refusal or outcome.finish_reason == "content_filter":
         return None, ["refusal"]
     return parse(outcome.text)
@@ -274,5 +289,8 @@ def _read(values: dict[str, Any]) -> PromptRecord:
 
 def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)

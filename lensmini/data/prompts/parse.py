@@ -1,7 +1,9 @@
 """What language models answer, read with care: what is good is kept, what is not is named, nothing is guessed."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from lensmini.data.caption_checks import check_caption, count_words
 from lensmini.endpoint import parse_json
@@ -14,6 +16,9 @@ ANSWER_CAUSES = (
     "not a list",
     "not an object",
     "not a text",
+    "characters",
+    "cut",
+    "loop",
     "too short",
     "too long",
     "repeated",
@@ -23,6 +28,7 @@ ANSWER_CAUSES = (
 )
 """What may be wrong with an answer or a part of it."""
 
+_LIKE_CAPTIONS = {"refusal": "refusal", "loop": "loop", "truncated": "cut"}
 _NUMBERED = re.compile(r"^(.*?)(?: (\d+))?$")
 
 
@@ -40,8 +46,8 @@ def parse_prompts(text: str, *, min_words: int = 20, max_words: int = 90) -> tup
         The good prompts in their order, and a cause for everything that is wrong.
 
     Example:
-        >>> parse_prompts('Here: ["A red bus. ' + "w " * 30 + '", 7]')[1]
-        ['not a text']
+        >>> parse_prompts('Here: ["A red bus.", 7]')[1]
+        ['too short', 'not a text']
     """
     values, causes = _list(text)
     prompts: list[str] = []
@@ -50,8 +56,13 @@ def parse_prompts(text: str, *, min_words: int = 20, max_words: int = 90) -> tup
             causes.append("not a text")
             continue
         prompt, words = " ".join(value.split()), count_words(value)
-        if words < min_words or words > max_words:
+        wrong = _LIKE_CAPTIONS.get(check_caption(prompt, max_words=10**9) or "")
+        if not _is_clean(prompt):
+            causes.append("characters")
+        elif words < min_words or words > max_words:
             causes.append("too short" if words < min_words else "too long")
+        elif wrong is not None:
+            causes.append(wrong)
         elif prompt.casefold() in (other.casefold() for other in prompts):
             causes.append("repeated")
         else:
@@ -82,16 +93,16 @@ def parse_rubrics(
         ({'count': 'Two cats.', 'count 2': 'One dog.'}, [])
     """
     try:
-        value = parse_json(text)
+        # Keys that come twice must not get lost.
+        value = _as_pairs(parse_json(text, object_pairs_hook=_Pairs))
     except ValueError:
         return {}, ["refusal" if check_caption(text) == "refusal" else "no JSON"]
-    if isinstance(value, list) and all(isinstance(part, dict) and len(part) == 1 for part in value):
+    if isinstance(value, _Pairs):
+        inner = _as_pairs(value[0][1]) if len(value) == 1 else None
+        pairs = inner if isinstance(inner, _Pairs) else value
+    elif all(isinstance(_as_pairs(part), _Pairs) and len(part) == 1 for part in value):
         # A list of single entries says the same.
-        pairs = [(key, check) for part in value for key, check in part.items()]
-    elif isinstance(value, dict):
-        if len(value) == 1 and isinstance(next(iter(value.values())), dict):
-            value = next(iter(value.values()))
-        pairs = list(value.items())
+        pairs = [_as_pairs(part)[0] for part in value]
     else:
         return {}, ["not an object"]
     known = {name.casefold(): name for name in names}
@@ -105,6 +116,8 @@ def parse_rubrics(
             causes.append("unknown name")
         elif not isinstance(check, str) or not count_words(check):
             causes.append("not a text")
+        elif not _is_clean(check):
+            causes.append("characters")
         elif count_words(check) > max_words:
             causes.append("too long")
         elif " ".join(check.split()).casefold() in (other.casefold() for other in rubrics.values()):
@@ -132,6 +145,8 @@ def parse_items(text: str, *, max_words: int = 10) -> tuple[list[str], list[str]
         name = " ".join(value.split()) if isinstance(value, str) else ""
         if not count_words(name) or "," in name or name.count('"') % 2 or name.startswith("#"):
             causes.append("not a text")
+        elif not _is_clean(name):
+            causes.append("characters")
         elif count_words(name) > max_words:
             causes.append("too long")
         elif name.casefold() in (other.casefold() for other in names):
@@ -139,6 +154,20 @@ def parse_items(text: str, *, max_words: int = 10) -> tuple[list[str], list[str]
         else:
             names.append(name)
     return names, causes
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object's keys and values, also keys that come twice."""
+
+
+def _as_pairs(value: Any) -> Any:
+    return _Pairs(value.items()) if isinstance(value, dict) else value
+
+
+def _is_clean(text: str) -> bool:
+    """No half characters, no control characters, and nothing that a chat template would take for its own."""
+    plain = all(unicodedata.category(character) not in ("Cs", "Cc", "Co", "Cn") for character in " ".join(text.split()))
+    return plain and "<|" not in text and "|>" not in text
 
 
 def _list(text: str) -> tuple[list[object], list[str]]:

@@ -3,6 +3,7 @@
 The file is text: ``# Category``, ``## Sub-category``, then items between commas; commas in double quotes do not count.
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -93,7 +94,9 @@ def normalise(text: str) -> str:
         >>> normalise("The Red Apples!"), normalise("red apple") == normalise("a red apple")
         ('red apple', True)
     """
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+    # Marks are letters' other halves in many scripts: without them different words would look the same.
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in plain).split()
     words = [word for word in words if word not in ("a", "an", "the")] or words
     return " ".join(word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] != "s" else word for word in words)
 
@@ -149,7 +152,10 @@ def save_taxonomy(taxonomy: Taxonomy, path: str | Path) -> None:
         lines += [f"## {subcategory}", ", ".join(names), ""]
         last = category
     part = Path(path).with_name(f".{Path(path).name}.part")
-    part.write_text("\n".join(lines), encoding="utf-8")
+    with part.open("w", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 
@@ -203,7 +209,7 @@ def extend_taxonomy(
             if isinstance(outcome, Failure):
                 causes[outcome.cause] = causes.get(outcome.cause, 0) + 1
                 continue
-            names, found = parse_items(outcome.text)
+            names, found = parse_items(outcome.text) if outcome.finish_reason != "length" else ([], ["cut"])
             for cause in found:
                 causes[cause] = causes.get(cause, 0) + 1
             for name in names:

@@ -3,16 +3,18 @@
 The update of a matrix is its Nesterov momentum with all singular values pushed towards 1 by a quintic Newton-Schulz
 iteration (Jordan et al., 2024, "Muon"), scaled by ``sqrt(max(1, rows / columns))``. ``torch.optim.Muon`` does the same one
 matrix at a time; here fused projections are split into the matrices they stand for, and all matrices of one shape share a
-batched product, which is what a small model on a CPU needs.
+batched product, which is what a small model on a CPU needs. Of matrices that are sharded over ranks (DTensors) each rank
+gets some whole, so that none is worked on twice within a copy of the model.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lensmini.parallel import Group
+from lensmini.parallel import Group, map_matrices
 
 __all__ = ["Muon", "orthogonalise"]
 
@@ -45,7 +47,8 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         momentum: of the gradient's moving average.
         splits: how many equal matrices, stacked by rows, a matrix stands for, by suffix of its name.
-        group: processes with equal gradients that share the work, each orthogonalising its part of the matrices.
+        group: processes with equal gradients that share the work, each orthogonalising its part of the matrices; not for
+            sharded parameters, which share it by themselves.
 
     Raises:
         ValueError: if a parameter is not a matrix or a stack, or its rows do not divide.
@@ -77,6 +80,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        sharded: dict[tuple[torch.Size, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter, parts in zip(group["params"], self.num_parts, strict=True):
             if parameter.grad is None:
                 continue
@@ -84,21 +88,40 @@ class Muon(torch.optim.Optimizer):
             buffer = state.setdefault("momentum", torch.zeros_like(parameter))
             buffer.lerp_(parameter.grad, 1 - momentum)
             update = parameter.grad.lerp(buffer, momentum)
+            if hasattr(parameter, "to_local"):
+                sharded[parameter.shape, parts].append((parameter, update))
+                continue
             stacks = (parameter, update) if parameter.ndim == 3 else (parameter.chunk(parts), update.chunk(parts))
             for target, matrix in zip(*stacks, strict=True):
                 by_shape[matrix.shape[0], matrix.shape[1]].append((target, matrix))
+        for (shape, parts), pairs in sharded.items():
+            rate = lr * max(1.0, shape[0] / parts / shape[1]) ** 0.5
+            results = map_matrices(partial(_orthogonalise_parts, parts=parts), [update for _, update in pairs])
+            targets = [parameter.to_local() for parameter, _ in pairs]  # pyright: ignore
+            torch._foreach_add_(targets, [result.to(targets[0].dtype) for result in results], alpha=-rate)  # pyright: ignore
+        if not by_shape:
+            return
         mine = (self.group.rank, self.group.world_size)
         updates = {}
-        flat = torch.zeros(sum(len(pairs) * rows * columns for (rows, columns), pairs in by_shape.items()))
+        dtype = next(iter(by_shape.values()))[0][0].dtype
+        flat = torch.zeros(sum(len(pairs) * rows * columns for (rows, columns), pairs in by_shape.items()), dtype=dtype)
         start = 0
         for (rows, columns), pairs in by_shape.items():
             updates[rows, columns] = flat[start : start + len(pairs) * rows * columns].view(len(pairs), rows, columns)
             start += len(pairs) * rows * columns
             if len(pairs) > mine[0]:
                 stack = torch.stack([matrix for _, matrix in pairs[mine[0] :: mine[1]]])
-                updates[rows, columns][mine[0] :: mine[1]] = orthogonalise(stack).float()
+                updates[rows, columns][mine[0] :: mine[1]] = orthogonalise(stack).to(dtype)
         self.group.sum_(flat)
         for (rows, columns), pairs in by_shape.items():
             rate = lr * max(1.0, rows / columns) ** 0.5
             targets = [target for target, _ in pairs]
             torch._foreach_add_(targets, list(updates[rows, columns]), alpha=-rate)  # pyright: ignore
+
+
+def _orthogonalise_parts(matrices: Tensor, *, parts: int) -> Tensor:
+    """Each of the equal parts, stacked by rows, of each matrix."""
+    if not len(matrices):
+        return matrices
+    pieces = orthogonalise(matrices.reshape(-1, matrices.shape[1] // parts, matrices.shape[2]))
+    return pieces.reshape(matrices.shape).to(matrices.dtype)

@@ -164,6 +164,23 @@ class LensTransformer(nn.Module):
         image, text = (torch.stack(vectors) for vectors in zip(*pairs, strict=True))
         return Modulation(image, text, self.norm_out.modulation(temb))
 
+    def unused_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters behind the last block's attention on the text side: nothing reads their result.
+
+        They belong to the released checkpoints, have no influence and get no gradient, which DDP has to be told.
+
+        Example:
+            >>> config = LensConfig(
+            ...     num_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+            ... )
+            >>> with torch.device("meta"):
+            ...     LensTransformer(config).unused_parameters()[0]
+            'transformer_blocks.1.attn.to_add_out.weight'
+        """
+        last = f"transformer_blocks.{self.config.num_layers - 1}"
+        dead = tuple(f"{last}.{part}." for part in ("attn.to_add_out", "txt_norm2", "txt_mlp"))
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(dead))
+
     def compile_blocks(self, **options: object) -> "LensTransformer":
         """Compile every block in place; all blocks and all mixtures of resolutions share one graph.
 

@@ -1,7 +1,4 @@
-"""Several processes that train one model: the only file that knows ``torch.distributed``.
-
-Everyone else takes ``rank`` and ``world_size`` as numbers, and a :class:`Group` where tensors have to meet.
-"""
+"""Processes that work on one job: how they start, meet, fail and end."""
 
 import ctypes
 import os
@@ -11,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +16,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessException
 
-__all__ = ["Group", "run_processes"]
+__all__ = ["Group", "LostRankError", "die_with_parent", "run_processes"]
+
+_LOST = ("connection", "peer", "socket", "nccl", "timed out", "timeout", "gloo", "broken pipe")
+
+
+class LostRankError(RuntimeError):
+    """Another process of the job ended, or hangs: this one cannot go on without it.
+
+    Example:
+        >>> raise LostRankError("rank 1 of 2: ...")
+        Traceback (most recent call last):
+        lensmini.parallel.processes.LostRankError: rank 1 of 2: ...
+    """
 
 
 class Group:
@@ -55,19 +66,24 @@ class Group:
         return values
 
 
-def run_processes(function: Callable[..., None], num_processes: int, *arguments: Any) -> None:
+def run_processes(
+    function: Callable[..., None], num_processes: int, *arguments: Any, timeout_minutes: float = 10.0
+) -> None:
     """Call ``function(group, *arguments)`` in that many processes on this machine and wait for them.
 
-    One process means this one. Under ``torchrun`` (its environment variables are set) the call joins that job instead.
+    One process means this one. Under ``torchrun`` (its environment variables are set) the call joins that job instead,
+    with NCCL where the process has a GPU of its own; ``torchrun --max-restarts=N`` starts all of them again when one ends.
     SIGTERM and Ctrl-C reach every worker as SIGTERM, which may save and leave; workers die with their parent.
 
     Args:
         function: importable, so that a fresh process finds it.
         num_processes: at least 1.
         arguments: anything that can be pickled.
+        timeout_minutes: after which a process that waits for another gives the job up.
 
     Raises:
-        ValueError: if num_processes is not positive.
+        ValueError: if num_processes is not positive, or the time is not.
+        LostRankError: under ``torchrun``, if another process ended or hangs; that one's own message says why.
         RuntimeError: if a worker fails, with the traceback of the first that did; the others are ended.
         SystemExit: if a worker takes no care of SIGTERM and dies of it, with the shell's exit code for the signal.
 
@@ -77,16 +93,20 @@ def run_processes(function: Callable[..., None], num_processes: int, *arguments:
     """
     if num_processes < 1:
         raise ValueError(f"num_processes: expected at least 1, got {num_processes}")
+    if not 0 < timeout_minutes < float("inf"):
+        raise ValueError(f"timeout_minutes: expected a positive number, got {timeout_minutes}")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        _run(function, dist.get_rank(), dist.get_world_size(), arguments)
+        _join(function, arguments, timedelta(minutes=timeout_minutes))
         return
     if num_processes == 1:
         function(Group(0, 1), *arguments)
         return
     with tempfile.TemporaryDirectory() as folder:
         context: Any = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-            _worker, (num_processes, folder, os.getpid(), function, arguments), nprocs=num_processes, join=False
+            _worker,
+            (num_processes, folder, os.getpid(), timeout_minutes, function, arguments),
+            nprocs=num_processes,
+            join=False,
         )
         asked: list[int] = []
 
@@ -116,6 +136,9 @@ def die_with_parent(parent: int) -> None:
 
     Args:
         parent: process id of the parent, which may have ended already.
+
+    Example:
+        >>> die_with_parent(os.getppid())
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on training.
@@ -123,12 +146,53 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
+@record
+def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: timedelta) -> None:
+    """Be one process of a ``torchrun`` job."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The agent may be killed where it can end nobody.
+        die_with_parent(os.getppid())
+    own_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    if own_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        _run(function, rank, world_size, arguments)
+    except RuntimeError as error:
+        if not _lost_connection(error):
+            raise
+        raise LostRankError(
+            f"rank {rank} of {world_size} lost another rank, which ended or hangs; the message of the rank that ended first "
+            f"says why. This rank ends too. torchrun --max-restarts=N starts the job again, and it goes on from its last "
+            f"checkpoint. Seen here: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed for want of the others."""
+    told = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in told for word in _LOST)
+
+
 def _worker(
-    rank: int, world_size: int, folder: str, parent: int, function: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    parent: int,
+    timeout_minutes: float,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     die_with_parent(parent)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
         _run(function, rank, world_size, arguments)
     except Exception:
         # Whoever fails first is the cause: the others only lose their connection to it.

@@ -42,6 +42,14 @@ class Batch(NamedTuple):
     pictures: tuple[int, ...]
     """Numbers of the pictures in the bank."""
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        if device.type == "cpu":
+            return self
+        tensors = (part.to(device, non_blocking=True) for part in (self.image_tokens, self.text_tokens))
+        random = (part.to(device, non_blocking=True) for part in (self.noise, self.normal))
+        return Batch(*tensors, self.layout.to(device), *random, self.pictures)
+
 
 def random_stream(*key: int) -> torch.Generator:
     """A generator that depends on all numbers of the key and on nothing else."""

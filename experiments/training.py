@@ -17,9 +17,17 @@ from lensmini.averaging import lerp_parameters_
 from lensmini.nn import LensConfig, LensTransformer
 from lensmini.parallel import Group
 
-__all__ = ["OptimConfig", "SettingsError", "TrainingState", "check_same_run", "learning_rate_factor", "read_run"]
+__all__ = [
+    "HIDDEN_MATRICES",
+    "OptimConfig",
+    "SettingsError",
+    "TrainingState",
+    "check_same_run",
+    "learning_rate_factor",
+    "read_run",
+]
 
-_HIDDEN = ("qkv.weight", "to_out.0.weight", "to_add_out.weight", "w1.weight", "w2.weight", "w3.weight")
+HIDDEN_MATRICES = ("qkv.weight", "to_out.0.weight", "to_add_out.weight", "w1.weight", "w2.weight", "w3.weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +98,7 @@ class TrainingState:
     NUM_EXTRA = 3
 
     def __init__(self, model_config: LensConfig, optim: OptimConfig, *, seed: int, group: Group | None = None) -> None:
-        self.optim = optim
+        self.optim, self.group = optim, group or Group(0, 1)
         self.model = LensTransformer(model_config).init_weights(seed, gate=optim.init_gate)
         self.ema = deepcopy(self.model).requires_grad_(False)
         dtype = getattr(torch, optim.dtype)
@@ -100,7 +108,7 @@ class TrainingState:
         self.extra = self.flat[-self.NUM_EXTRA :]
         pieces = self.flat[: -self.NUM_EXTRA].split([p.numel() for p in parameters.values()])
         self.grads = [piece.view_as(p) for piece, p in zip(pieces, parameters.values(), strict=True)]
-        hidden = {n: p for n, p in parameters.items() if optim.muon_lr and n.endswith(_HIDDEN)}
+        hidden = {n: p for n, p in parameters.items() if optim.muon_lr and n.endswith(HIDDEN_MATRICES)}
         rest = [p for n, p in parameters.items() if n not in hidden]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, optim.lr, optim.betas, optim.eps, optim.weight_decay, foreach=True)
@@ -108,6 +116,20 @@ class TrainingState:
         if hidden:
             self.optimizers.append(Muon(hidden, lr=optim.muon_lr, splits={"qkv.weight": 3}, group=group))
         self.step, self.accumulating = 0, False
+
+    def begin(self, *, last: bool) -> None:
+        """Before each micro-batch; nothing to do, since the gradient meets in :meth:`collect`."""
+
+    def finish(self) -> None:
+        """Nothing is written in the background."""
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient of a step."""
+        return torch.linalg.vector_norm(self.flat[: -self.NUM_EXTRA]).item()
+
+    def skip(self) -> None:
+        """Go to the next step without applying this one's gradient."""
+        self.step += 1
 
     def refresh(self) -> None:
         """Copy the float32 weights into the low-precision copy."""
@@ -158,9 +180,16 @@ class TrainingState:
         self.refresh()
         return {"grad_norm": norm.item(), "lr": self.optim.lr * factor}
 
-    def save(self, out: Path, config: Any, *, keep: int, plan: str | None = None) -> Path:
-        """Write ``out/step-N`` atomically, with the fingerprint of the plan, and drop older checkpoints."""
+    def save(
+        self, out: Path, config: Any, *, keep: int, plan: str | None = None, notes: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write ``out/step-N`` atomically, with the fingerprint of the plan, and drop older checkpoints.
+
+        Every process may call it; the first writes.
+        """
         path = out / f"step-{self.step:06d}"
+        if self.group.rank:
+            return path
         moments = {}
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
@@ -172,7 +201,7 @@ class TrainingState:
             save_file(_contiguous(moments), new / "optimizer.safetensors")
             write_json(new / "config.json", self.model.config.to_dict())
             run = {"step": self.step, "plan": plan, "config": config, "provenance": provenance()}
-            write_json(new / "run.json", run)
+            write_json(new / "run.json", {**run, **(notes or {})})
         keep_last(out, keep)
         return path
 
@@ -183,6 +212,11 @@ class TrainingState:
             self.refresh()
             return False
         path, self.step = found
+        if not (path / "model.safetensors").exists():
+            raise SettingsError(
+                f"{path} is a sharded checkpoint: go on with the engine.sharding that made it, or make it whole "
+                "(python -m experiments.consolidate)"
+            )
         self.load(path, which="model", optimizer=True)
         self.ema.load_state_dict(load_file(path / "ema.safetensors"), strict=True)
         return True
@@ -225,6 +259,7 @@ class SettingsError(ValueError):
 
 
 _FREE = ("run.out", "run.processes", "run.threads", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every")
+_FREE_GROUPS = ("engine.",)
 """Settings that a run may change when it goes on: they do not decide what it computes, up to the order of sums."""
 
 
@@ -249,7 +284,8 @@ def check_same_run(out: Path, config: Any, plan: str | None = None) -> None:
             "changed since, or an older version made it; name another directory"
         )
     before, now = _flat(run["config"]), _flat(config_dict(config))
-    changed = [name for name in sorted({*before, *now} - {*_FREE}) if before.get(name) != now.get(name)]
+    names = sorted(name for name in {*before, *now} - {*_FREE} if not name.startswith(_FREE_GROUPS))
+    changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         told = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed[:4])
         raise SettingsError(f"run.out: {out} holds a run with other settings ({told}); name another directory")

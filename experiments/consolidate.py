@@ -1,7 +1,7 @@
 """Whole weights out of a sharded checkpoint, in the released layout: for generate, for others, for the next stage.
 
-    python -m experiments.consolidate --path runs/stage1 --out runs/stage1/transformer
-    python -m experiments.consolidate --path runs/stage1/step-400000 --out OUT --weights model
+python -m experiments.consolidate --path runs/stage1 --out runs/stage1/transformer
+python -m experiments.consolidate --path runs/stage1/step-400000 --out OUT --weights model
 """
 
 from dataclasses import dataclass

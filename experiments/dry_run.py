@@ -10,7 +10,7 @@ from lensmini.cost import activation_bytes, parameter_count, train_flops
 from lensmini.nn import LensTransformer
 
 if TYPE_CHECKING:
-    from experiments.pretrain import PretrainConfig
+    from experiments.pretrain_config import PretrainConfig
 
 __all__ = ["describe_run"]
 

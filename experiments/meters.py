@@ -36,7 +36,9 @@ def loss_table(parts: Sequence[SlotLosses], group: Group) -> dict[str, dict[str,
     """Mean losses of a step by time, in fifths, and by grid, over all ranks; every rank calls it.
 
     Example:
-        >>> part = SlotLosses(torch.tensor([0.1, 0.9]), torch.tensor([1.0, 2.0]), torch.tensor([[2, 3], [2, 3]]), [7, 8])
+        >>> part = SlotLosses(
+        ...     torch.tensor([0.1, 0.9]), torch.tensor([1.0, 2.0]), torch.tensor([[2, 3], [2, 3]]), [7, 8]
+        ... )
         >>> loss_table([part], Group(0, 1))
         {'loss_by_time': {'0.0-0.2': 1.0, '0.8-1.0': 2.0}, 'loss_by_grid': {'2x3': 1.5}}
     """

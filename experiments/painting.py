@@ -40,7 +40,7 @@ def paint(
     Returns:
         For each picture its latent ``[c, h_i, w_i]``, float32.
     """
-    noise = draw_noise(grids, model.config.in_channels, seeds=seeds)
+    noise = [part.to(texts[0].device) for part in draw_noise(grids, model.config.in_channels, seeds=seeds)]
     blank = None if guidance_scale == 1 else [text[:0] for text in texts]
     options: dict[str, Any] = {"num_steps": num_steps, "guidance_scale": guidance_scale, "mu": mu, "rescale": rescale}
     return paint_packed(model, noise, texts, blank, **options)

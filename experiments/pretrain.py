@@ -5,250 +5,76 @@
     python -m experiments.pretrain stage1 --dry-run                       the paper's 512x512 stage: size and cost
     python -m experiments.pretrain stage2 --dry-run                       the paper's 27 mixed resolutions
 
-The same command again resumes; Ctrl-C and SIGTERM save first. A run directory holds ``metrics.jsonl`` (a function of config
-and seed alone, byte for byte), ``timing.jsonl``, ``step-N/`` checkpoints, sample grids and ``summary.json``.
+On GPUs, from shards that ``experiments.prepare_data`` wrote; ``--max-restarts`` lets the job go on by itself when a rank
+dies, from its last checkpoint:
+
+    torchrun --nproc-per-node 8 --max-restarts 20 -m experiments.pretrain lab_8gpu --data.path OUT/shards
+    sbatch --nodes 16 --ntasks-per-node 1 --gpus-per-node 8 --requeue --wrap 'srun torchrun --nnodes 16 --nproc-per-node 8
+      --rdzv-backend c10d --rdzv-endpoint $(scontrol show hostnames $SLURM_NODELIST | head -1):29500 --max-restarts 20
+      -m experiments.pretrain stage1 --data.path OUT/shards'
+
+The same command again resumes, on any number of GPUs that divides ``data.num_ranks``; Ctrl-C and SIGTERM save first. A run
+directory holds ``metrics.jsonl`` (a function of config and seed alone, byte for byte on the same ranks), ``timing.jsonl``,
+``events.jsonl`` (steps that were not applied, with their samples), ``step-N/`` checkpoints, sample grids and
+``summary.json``.
 """
 
 import json
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import os
+from dataclasses import replace
+from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 
 from experiments.bank import Batch, FeatureBank
 from experiments.dry_run import describe_run
+from experiments.engine import make_state, peak_flops
+from experiments.feed import Feed
 from experiments.folder_data import FolderConfig, FolderError, check_folder, folder_banks
-from experiments.miniature.world import Miniature, MiniatureConfig, prepare_miniature
-from experiments.pictures import save_grid
+from experiments.guards import Guard, RunawayError
+from experiments.meters import Meter, SlotLosses, loss_table
+from experiments.miniature.world import Miniature, prepare_miniature
+from experiments.pretrain_config import PRESETS, EvalConfig, PretrainConfig, folder, mini, stage1, stage2
 from experiments.pretrain_data import SceneConfig, scene_banks
+from experiments.pretrain_eval import evaluate, per_sample_loss, sample_times, validation_losses
 from experiments.runs import (
-    RunConfig,
     StopRequest,
     append_jsonl,
     config_dict,
+    latest_checkpoint,
     progress,
     provenance,
     truncate_jsonl,
     write_json,
 )
-from experiments.scoring import paint_prompts, score_suite
-from experiments.training import OptimConfig, SettingsError, TrainingState, check_same_run
-from lensmini.data import LENS_BUCKETS, BatchPlan, Bucket, build_scene_prompts, loss_weights
-from lensmini.nn import LensConfig
-from lensmini.objectives import flow_matching_loss, training_mu
+from experiments.shard_data import ShardBank, ShardsConfig, load_encoders
+from experiments.sharded_state import ShardedState
+from experiments.training import SettingsError, check_same_run, read_run
+from lensmini.data import BatchPlan, loss_weights
 from lensmini.parallel import Group, run_processes
-from lensmini.paths import interpolate, velocity_target
+
+__all__ = [
+    "PRESETS",
+    "EvalConfig",
+    "PretrainConfig",
+    "cli",
+    "folder",
+    "main",
+    "make_plan",
+    "mini",
+    "stage1",
+    "stage2",
+    "train",
+    "validation_losses",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PaperDataConfig:
-    """Lens-800M as the paper feeds it: pictures in buckets, captions by GPT-4.1, both encoders frozen and online."""
-
-    buckets: tuple[Bucket, ...] = (Bucket(512, 512),)
-    """Resolutions; one bucket per rank and step."""
-    images_per_rank: tuple[int, ...] = (24,)
-    """Images per rank and step for 512, 768 and 1024 pixel bases, in this order."""
-    num_ranks: int = 128
-    """GPUs; the paper used 128 A100 of 80 GB."""
-    text_dropout: float = 0.1
-    """Share of samples whose text is masked as a whole; the paper does not state it."""
-    mean_text_tokens: int = 150
-    """Text tokens per caption that the cost estimate assumes: about 109 words."""
-    text_encoder: str = "openai/gpt-oss-20b"
-    """Language model, a folder or repository that transformers reads."""
-    autoencoder: str = "black-forest-labs/FLUX.2-dev"
-    """Autoencoder, a folder or repository that diffusers reads."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
-    """What is measured while training."""
-
-    validate_every: int = 250
-    """Steps between losses on held-out pictures with fixed noise and times, per canvas; 0 never."""
-    score_every: int = 0
-    """Steps between short runs of the scene suite; 0 never."""
-    num_prompts: int = 96
-    """Prompts of each of these."""
-    num_steps: int = 12
-    """Sampling steps."""
-    guidance_scale: float = 4.0
-    """Guidance of samples and scores."""
-    mu: float | None = 1.8
-    """Time shift of the sampling schedule; none is the released model's rule, 0 equal steps."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """One pre-training run."""
-
-    model: LensConfig
-    """The transformer."""
-    data: SceneConfig | FolderConfig | PaperDataConfig
-    """The samples."""
-    optim: OptimConfig
-    """Optimisers, schedule, times."""
-    run: RunConfig
-    """Where, how long, how often."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Measurements."""
-    miniature: MiniatureConfig = field(default_factory=MiniatureConfig)
-    """The miniature's language model and autoencoder, trained on first use (not read by stage1 and stage2)."""
-    init_from: Path | None = None
-    """Checkpoint directory (step-N) of an earlier stage to start from."""
-    init_weights: str = "ema"
-    """Which of its weights: "model" or "ema"; the paper does not state it."""
-    reset_optimizer: bool = True
-    """Start with fresh moments rather than the checkpoint's; the paper does not state it."""
-    dry_run: bool = False
-    """Print config, parameters, memory and FLOPs and leave."""
-
-    def __post_init__(self) -> None:
-        if self.init_weights not in ("model", "ema"):
-            raise ValueError(f'init_weights: expected "model" or "ema", got {self.init_weights!r}')
-        if isinstance(self.data, SceneConfig | FolderConfig) and self.data.num_slots % self.run.processes:
-            raise ValueError(
-                f"processes: expected a divisor of data.num_slots = {self.data.num_slots}, got {self.run.processes}"
-            )
-
-
-MINI_MODEL = LensConfig(
-    num_layers=4,
-    num_attention_heads=2,
-    attention_head_dim=64,
-    axes_dims_rope=(8, 28, 28),
-    in_channels=16,
-    out_channels=4,
-    enc_hidden_dim=128,
-    selected_layer_index=(0, 1, 2, 3),
-)
-
-
-def mini() -> PretrainConfig:
-    """Scenes, several ratios, a tiny GPT-OSS encoder: minutes on two CPU cores."""
-    return PretrainConfig(
-        model=MINI_MODEL,
-        data=SceneConfig(),
-        optim=OptimConfig(
-            lr=5e-3,
-            muon_lr=1e-2,
-            betas=(0.9, 0.98),
-            warmup_steps=20,
-            decay_fraction=0.4,
-            ema_decay=0.99,
-            time_mu=1.8,
-            init_gate=0.1,
-        ),
-        run=RunConfig(out=Path("runs/mini"), steps=1750, checkpoint_every=400, sample_every=400, processes=2),
-    )
-
-
-def folder() -> PretrainConfig:
-    """Your own captioned pictures, at about 32 pixels with the miniature's encoders unless you name others."""
-    base = mini()
-    run = replace(base.run, out=Path("runs/folder"), steps=1000)
-    return replace(base, data=FolderConfig(), run=run)
-
-
-def stage1() -> PretrainConfig:
-    """The paper's low-resolution stage: 512x512, 400K steps, 3072 images a step, 128 A100."""
-    return PretrainConfig(
-        model=LensConfig(),
-        data=PaperDataConfig(),
-        optim=OptimConfig(lr=2e-4),
-        run=RunConfig(out=Path("runs/stage1"), steps=400_000, checkpoint_every=1000, log_every=10),
-    )
-
-
-def stage2() -> PretrainConfig:
-    """The paper's mixed-resolution stage: 27 buckets, 400K steps, 24 / 10 / 6 images a GPU, from stage 1."""
-    return PretrainConfig(
-        model=LensConfig(),
-        data=PaperDataConfig(buckets=LENS_BUCKETS, images_per_rank=(24, 10, 6)),
-        optim=OptimConfig(lr=1e-4),
-        run=RunConfig(out=Path("runs/stage2"), steps=400_000, checkpoint_every=1000, log_every=10),
-        init_from=Path("runs/stage1/step-400000"),
-    )
-
-
-PRESETS: tuple[Callable[[], PretrainConfig], ...] = (mini, folder, stage1, stage2)
-
-
-def per_sample_loss(state: TrainingState, batch: Batch, times: Tensor) -> Tensor:
-    """Flow-matching loss ``[b]`` of a batch at given times."""
-    layout = batch.layout
-    noisy = interpolate(batch.image_tokens, batch.noise, times, layout=layout)
-    velocity = state.compute.forward_packed(noisy, times, batch.text_tokens, layout)
-    return flow_matching_loss(velocity, velocity_target(batch.image_tokens, batch.noise), layout=layout)  # pyright: ignore
-
-
-def sample_times(batch: Batch, optim: OptimConfig) -> Tensor:
-    """Logit-normal times ``[b]`` from the batch's own normal numbers."""
-    mu = training_mu(batch.layout.grids.prod(1)) if optim.time_mu is None else optim.time_mu
-    return torch.sigmoid(mu + optim.time_std * batch.normal)
-
-
-@torch.no_grad()
-def validation_losses(state: TrainingState, bank: FeatureBank, group: Group, seed: int) -> dict[str, float]:
-    """Mean loss on every held-out picture at four fixed times with fixed noise, per canvas."""
-    sums: dict[str, list[float]] = {}
-    for index, ((height, width), members) in enumerate(sorted(bank.by_grid().items())):
-        if index % group.world_size != group.rank:
-            continue
-        batch = bank.collate(members, seed=seed, step=-1, text_dropout=0.0)
-        for t in (0.2, 0.4, 0.6, 0.8):
-            losses = per_sample_loss(state, batch, torch.full((len(members),), t))
-            sums.setdefault(f"{height}x{width}", []).extend(losses.tolist())
-    merged: dict[str, list[float]] = {}
-    for part in group.gather(sums):
-        for name, values in part.items():
-            merged.setdefault(name, []).extend(values)
-    result = {f"validation_{name}": sum(values) / len(values) for name, values in sorted(merged.items())}
-    everything = [value for values in merged.values() for value in values]
-    return {"validation": sum(everything) / len(everything), **result}
-
-
-def evaluate(
-    config: PretrainConfig, state: TrainingState, world: Miniature, bank: FeatureBank, group: Group
-) -> dict[str, float]:
-    """What is due at this step: validation loss, suite scores, a grid of samples."""
-    last, row = state.step == config.run.steps, {}
-
-    def due(every: int) -> bool:
-        return bool(every) and (state.step % every == 0 or last)
-
-    if due(config.eval.validate_every):
-        row |= validation_losses(state, bank, group, config.run.seed)
-    data = config.data
-    if isinstance(data, SceneConfig) and due(config.eval.score_every):
-        prompts = build_scene_prompts(max(1, config.eval.num_prompts // 6), seed=1_000_003, wording=data.wording)
-        score, _ = score_suite(state.compute, world, prompts, data.canvases, config.eval, group)
-        row |= {"strict": score.strict, "loose": score.loose, "atom": score.atom}
-    if group.rank == 0 and (last or due(config.run.sample_every)):
-        canvases = data.canvases if isinstance(data, SceneConfig) else ((32, 32),)
-        if isinstance(data, SceneConfig):
-            texts = [prompt.text for prompt in build_scene_prompts(2, seed=1_000_033, wording=data.wording)]
-        else:
-            texts = world_captions(config)[:12]
-        pictures = paint_prompts(state.compute, world, texts, canvases, config.eval)
-        save_grid(pictures, texts, config.run.out / f"samples-{state.step:06d}.png")
-    return row
-
-
-def world_captions(config: PretrainConfig) -> list[str]:
-    """Captions of a folder run, for its sample grids."""
-    assert isinstance(config.data, FolderConfig)
-    return (config.run.out / "captions.txt").read_text().splitlines()
-
-
-def make_plan(config: PretrainConfig, bank: FeatureBank) -> BatchPlan:
+def make_plan(config: PretrainConfig, bank: FeatureBank | ShardBank) -> BatchPlan:
     """The order of a run's pictures; a function of config and bank, whatever the number of processes."""
     data = config.data
+    if isinstance(bank, ShardBank):
+        return bank.plan(seed=config.run.seed, model=config.model)
     assert isinstance(data, SceneConfig | FolderConfig)
     return bank.plan(
         batch_size=data.batch_size,
@@ -259,82 +85,175 @@ def make_plan(config: PretrainConfig, bank: FeatureBank) -> BatchPlan:
     )
 
 
+def open_data(
+    config: PretrainConfig, device: torch.device
+) -> tuple[Miniature, FeatureBank | ShardBank, FeatureBank | ShardBank | None]:
+    """Frozen encoders, training samples and held-out ones."""
+    data, out = config.data, config.run.out
+    if isinstance(data, ShardsConfig):
+        world = load_encoders(data, config.model, device)
+        held_out = None
+        if data.held_out is not None:
+            held_out = ShardBank(data.held_out, replace(data, features="online"), world, out, device)
+        return world, ShardBank(data.path, data, world, out, device), held_out
+    world = prepare_miniature(config.miniature, out.parent, quiet=True)
+    make_banks: Any = scene_banks if isinstance(data, SceneConfig) else folder_banks
+    return world, *make_banks(data, world, out, quiet=True)
+
+
 def train(group: Group, config: PretrainConfig) -> None:
     """The loop of one process."""
     torch.set_num_threads(config.run.threads)
-    run, optim, data = config.run, config.optim, config.data
-    assert isinstance(data, SceneConfig | FolderConfig)
-    world = prepare_miniature(config.miniature, run.out.parent, quiet=True)
-    make_banks = scene_banks if isinstance(data, SceneConfig) else folder_banks
-    bank, held_out = make_banks(data, world, run.out, quiet=True)  # pyright: ignore[reportArgumentType]
-    state = TrainingState(config.model, optim, seed=run.seed, group=group)
-    if not state.resume(run.out) and config.init_from is not None:
-        state.load(config.init_from, which=config.init_weights, optimizer=not config.reset_optimizer)
-    if group.rank == 0:
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            truncate_jsonl(run.out / name, state.step)
+    run, optim, data, first = config.run, config.optim, config.data, group.rank == 0
+    device = config.engine.torch_device()
+    world, bank, held_out = open_data(config, device)
     plan = make_plan(config, bank)
+    check_same_run(run.out, config, bank.order_id(plan))
+    state = make_state(config.engine, config.model, optim, seed=run.seed, group=group)
     plan.micro_steps(group.world_size)
-    start, started, resumed = time.perf_counter(), time.process_time(), state.step
+    guard, meter = Guard(config.guard, run.out), Meter(config.model, group, peak_flops(config.engine))
+
+    def collate(step: int, pictures: list[int], repeats: list[int]) -> Batch:
+        bank.prepare(plan, step, group.rank, group.world_size)
+        batch = bank.collate(pictures, repeats=repeats, seed=run.seed, step=step, text_dropout=data.text_dropout)
+        return batch.to(device)
+
+    def start() -> Feed:
+        """Weights, guard and order of samples as they were at the last checkpoint, or at the beginning."""
+        if not state.resume(run.out) and config.init_from is not None:
+            state.load(config.init_from, which=config.init_weights, optimizer=not config.reset_optimizer)
+        found = latest_checkpoint(run.out)
+        if found is None and config.guard.policy == "restore":
+            # Somewhere to go back to.
+            state.save(run.out, config, keep=run.keep_checkpoints, plan=bank.order_id(plan))
+        guard.resume(read_run(found[0]).get("guard") if found else None)
+        for name in ("metrics.jsonl", "timing.jsonl") if first else ():
+            truncate_jsonl(run.out / name, state.step)
+        return Feed(
+            plan,
+            collate,
+            rank=group.rank,
+            world_size=group.world_size,
+            start=state.step,
+            end=run.steps,
+            ahead=config.engine.batches_ahead,
+        )
+
+    feed, resumed = start(), state.step
     with StopRequest() as stop, progress(run.steps, state.step, "pretrain", rank=group.rank) as bar:
         while state.step < run.steps:
-            bank.prepare(plan, state.step, group.rank, group.world_size)
-            step, loss = plan.step(state.step), 0.0
-            for slot in range(group.rank, plan.num_slots, group.world_size):
-                pictures, repeats = step.slot(slot).tolist(), step.repeats(slot).tolist()
-                batch = bank.collate(
-                    pictures, repeats=repeats, seed=run.seed, step=state.step, text_dropout=data.text_dropout
-                )
-                weights = loss_weights(batch.layout, plan.totals(step), data.weighting)
-                part = (weights * per_sample_loss(state, batch, sample_times(batch, optim))).sum()
+            index, loss, parts = state.step, 0.0, list[SlotLosses]()
+            left_out = guard.leaves_out(index)
+            slots = [] if left_out else range(group.rank, plan.num_slots, group.world_size)
+            for slot in slots:
+                with meter.waiting():
+                    batch = feed.take(index, slot)
+                meter.add(batch.layout)
+                state.begin(last=slot == slots[-1])
+                times = sample_times(batch, optim)
+                losses = per_sample_loss(state, batch, times)
+                weights = loss_weights(batch.layout, plan.totals(plan.step(index)), data.weighting)
+                part = (weights * losses).sum()
                 part.backward()
                 state.accumulate()
                 loss += part.item()
+                parts.append(SlotLosses(times, losses, batch.layout.grids, batch.pictures))
             loss, stopping, _ = state.collect(group, [loss, float(bool(stop)), 0.0])
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"step {step.step + 1}: the loss is {loss}; lower the learning rates (optim.lr, optim.muon_lr). The last "
-                    f"checkpoint in {run.out} is from before"
-                )
-            row = {"step": step.step + 1, "loss": loss, **state.update(run.steps)}
+            row: dict[str, Any] = {"step": index + 1, "loss": loss}
+            cause = None if left_out else guard.cause(index, loss, state.gradient_norm())
+            if left_out or cause is not None:
+                row = {"step": index + 1, "loss": None, "skipped": cause or "left out"}
+                if cause is not None and _give_up(config, guard, group, parts, row, state.step):
+                    feed.close()
+                    feed = start()
+                    bar.reset(run.steps)
+                    bar.update(state.step)
+                    continue
+                state.skip()
+            else:
+                row |= state.update(run.steps)
             row |= evaluate(config, state, world, held_out, group)
             done = state.step == run.steps
-            if group.rank == 0:
-                if len(row) > 4 or state.step % run.log_every == 0 or done:
+            if len(row) > 4 or state.step % run.log_every == 0 or done or row["loss"] is None:
+                row |= loss_table(parts, group) if row["loss"] is not None else {}
+                spent = bank.take_spent() if isinstance(bank, ShardBank) else None
+                timing = {"step": state.step, "steps": state.step - resumed, **meter.report(spent)}
+                if first:
                     append_jsonl(run.out / "metrics.jsonl", row)
-                    seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - started}
-                    append_jsonl(
-                        run.out / "timing.jsonl", {"step": state.step, "steps": state.step - resumed, **seconds}
-                    )
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-                if stopping or done or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
-                    state.save(run.out, config, keep=run.keep_checkpoints, plan=bank.order_id(plan))
+                    append_jsonl(run.out / "timing.jsonl", timing)
+            bar.set_postfix(loss=f"{loss:.3f}", skipped=guard.skipped, refresh=False)
+            bar.update()
+            if stopping or done or (run.checkpoint_every and state.step % run.checkpoint_every == 0):
+                notes = {"guard": guard.state()}
+                state.save(run.out, config, keep=run.keep_checkpoints, plan=bank.order_id(plan), notes=notes)
             if stopping:
                 break
-    if group.rank == 0 and state.step == run.steps:
+        state.finish()
+        feed.close()
+    if first and state.step == run.steps:
         last = json.loads((run.out / "metrics.jsonl").read_text().splitlines()[-1])
+        last |= {"skipped_steps": guard.skipped, "sharded": isinstance(state, ShardedState)}
         write_json(run.out / "summary.json", {**last, "config": config_dict(config), "provenance": provenance()})
+
+
+def _give_up(
+    config: PretrainConfig, guard: Guard, group: Group, parts: list[SlotLosses], row: dict[str, Any], step: int
+) -> bool:
+    """Note a bad step with the samples it had and their losses; whether to go back to the last checkpoint.
+
+    Raises:
+        RunawayError: if the run has to stop.
+    """
+    mine = [
+        [number, value if abs(value) < float("inf") else str(value)]
+        for part in parts
+        for number, value in zip(part.samples, part.losses.detach().float().cpu().tolist(), strict=True)
+    ]
+    samples = sorted((pair for rank in group.gather(mine) for pair in rank), key=lambda pair: pair[0])
+    out, action = config.run.out, "stop"
+    try:
+        action = guard.action()
+    except RunawayError as error:
+        raise RunawayError(
+            f"step {step + 1}: {row['skipped']}; {error}. Lower the learning rates (optim.lr, optim.muon_lr), or see "
+            f"--guard.policy. The last checkpoint in {out} is from before; {out / 'events.jsonl'} names the samples"
+        ) from None
+    finally:
+        if group.rank == 0:
+            append_jsonl(
+                out / "events.jsonl", {"step": step + 1, "cause": row["skipped"], "action": action, "samples": samples}
+            )
+    if action == "restore":
+        guard.leave_out(write=group.rank == 0)
+    return action == "restore"
 
 
 def main(config: PretrainConfig) -> None:
     """Prepare what the run stands on, then train in as many processes as it asks for."""
-    if config.dry_run or isinstance(config.data, PaperDataConfig):
+    if config.dry_run:
         print(describe_run(config))
-        if not config.dry_run:
-            raise SystemExit("stage1 and stage2 need the cluster engine, which is not here yet: use --dry-run")
         return
+    first, out = os.environ.get("RANK", "0") == "0", config.run.out
     if isinstance(config.data, FolderConfig):
         check_folder(config.data)
-    check_same_run(config.run.out, config)
-    config.run.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.run.out / "config.json", config)
-    world = prepare_miniature(config.miniature, config.run.out.parent)
-    make_banks = scene_banks if isinstance(config.data, SceneConfig) else folder_banks
-    bank, _ = make_banks(config.data, world, config.run.out)  # pyright: ignore[reportArgumentType]
-    check_same_run(config.run.out, config, bank.order_id(make_plan(config, bank)))
-    del world, bank
-    run_processes(train, config.run.processes, config)
+    if isinstance(config.data, ShardsConfig) and not (config.data.path / "shards.json").exists():
+        raise FolderError(
+            f"data.path: expected shards of `python -m experiments.prepare_data` in {config.data.path}, found no shards.json "
+            "(--dry-run describes the run without them)"
+        )
+    check_same_run(out, config)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config)
+        if not isinstance(config.data, ShardsConfig):
+            world = prepare_miniature(config.miniature, out.parent)
+            make_banks: Any = scene_banks if isinstance(config.data, SceneConfig) else folder_banks
+            bank, _ = make_banks(config.data, world, out)
+            check_same_run(out, config, bank.order_id(make_plan(config, bank)))
+            del world, bank
+    sharded = config.engine.sharding != "none"
+    timeout = config.engine.timeout_minutes
+    run_processes(train, config.run.processes, config, timeout_minutes=timeout, alone=sharded)
 
 
 def cli() -> None:

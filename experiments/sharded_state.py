@@ -185,7 +185,9 @@ class ShardedState:
             return False
         path, self.step = found
         if (path / "model.safetensors").exists():
-            raise SettingsError(f'{path} is a checkpoint of engine.sharding "none": go on with that, or use --init-from')
+            raise SettingsError(
+                f'{path} is a checkpoint of engine.sharding "none": go on with that, or use --init-from'
+            )
         self.model.zero_grad()
         load_tensors(path, self._tensors(self._stored_moments(path)))
         return True

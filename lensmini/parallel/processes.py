@@ -67,7 +67,11 @@ class Group:
 
 
 def run_processes(
-    function: Callable[..., None], num_processes: int, *arguments: Any, timeout_minutes: float = 10.0
+    function: Callable[..., None],
+    num_processes: int,
+    *arguments: Any,
+    timeout_minutes: float = 10.0,
+    alone: bool = False,
 ) -> None:
     """Call ``function(group, *arguments)`` in that many processes on this machine and wait for them.
 
@@ -80,6 +84,7 @@ def run_processes(
         num_processes: at least 1.
         arguments: anything that can be pickled.
         timeout_minutes: after which a process that waits for another gives the job up.
+        alone: a single process is a job too, so that :func:`make_mesh` works in it.
 
     Raises:
         ValueError: if num_processes is not positive, or the time is not.
@@ -99,7 +104,13 @@ def run_processes(
         _join(function, arguments, timedelta(minutes=timeout_minutes))
         return
     if num_processes == 1:
-        function(Group(0, 1), *arguments)
+        if alone:
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            function(Group(0, 1), *arguments)
+        finally:
+            if alone:
+                dist.destroy_process_group()
         return
     with tempfile.TemporaryDirectory() as folder:
         context: Any = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
@@ -152,10 +163,9 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # The agent may be killed where it can end nobody.
         die_with_parent(os.getppid())
-    own_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 0
-    if own_gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=timeout)
+    dist.init_process_group(_backend(), timeout=timeout)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
         _run(function, rank, world_size, arguments)
@@ -167,6 +177,10 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
             f"says why. This rank ends too. torchrun --max-restarts=N starts the job again, and it goes on from its last "
             f"checkpoint. Seen here: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _lost_connection(error: RuntimeError) -> bool:

@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 
 from experiments import pretrain
-from experiments.pretrain import PRESETS, PaperDataConfig
+from experiments.engine import EngineConfig
+from experiments.guards import GuardConfig
+from experiments.pretrain import PRESETS
 from experiments.runs import read_jsonl
+from experiments.shard_data import ShardsConfig
 from experiments.training import SettingsError, check_same_run
+from lensmini.parallel import read_whole
 from tests.experiments import tiny_run
 from tests.test_parallel import alive, wait_until
 
@@ -174,7 +178,10 @@ def test_kills_from_outside_at_any_time_leave_no_trace_and_no_process(root: Path
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(root: Path) -> None:
     config = tiny_run.tiny_config(root / "nan", steps=6, processes=1)
     config = replace(config, optim=replace(config.optim, lr=1e30, muon_lr=0.0, warmup_steps=0))
-    with pytest.raises(FloatingPointError, match=r"step [2-6]: the loss is (nan|inf); lower the learning rates"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step [2-6]: (loss|gradient) (nan|inf); bad steps since step [2-6]: guard.policy is stop. Lower the",
+    ):
         pretrain.main(config)
     assert all(math.isfinite(row["loss"]) for row in read_jsonl(root / "nan" / "metrics.jsonl"))
 
@@ -207,30 +214,31 @@ def test_every_preset_describes_itself(
     assert config["dry_run"] is True and config["run"]["out"] == f"runs/{preset}"
     assert "parameters" in output and "FLOPs per step" in output and "training state" in output
     assert ("4,104,225,152" in output) == preset.startswith("stage")
+    sizes = {"toy_1b": 1.2e9, "lab_8gpu": 0.6e9, "lab_8gpu_512": 0.6e9}
+    if preset in sizes:
+        count = int(output.split("parameters")[-1].split()[0].replace(",", ""))
+        assert abs(count / sizes[preset] - 1) < 0.03
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 def test_the_papers_stages_are_the_papers() -> None:
     first, second = pretrain.stage1(), pretrain.stage2()
     for stage in (first, second):
-        assert isinstance(stage.data, PaperDataConfig)
+        assert isinstance(stage.data, ShardsConfig)
         assert (stage.optim.betas, stage.optim.grad_clip, stage.optim.muon_lr) == ((0.9, 0.999), 1.0, 0.0)
         assert (stage.run.steps, stage.optim.decay_fraction, stage.optim.dtype) == (400_000, 0.0, "bfloat16")
-    assert isinstance(first.data, PaperDataConfig) and isinstance(second.data, PaperDataConfig)
+    assert isinstance(first.data, ShardsConfig) and isinstance(second.data, ShardsConfig)
     assert first.data.num_ranks * first.data.images_per_rank[0] == 3072
     assert len(first.data.buckets) == 1 and len(second.data.buckets) == 27
     assert (first.optim.lr, second.optim.lr) == (2e-4, 1e-4)
     assert second.init_from is not None and first.run.steps == int(second.init_from.name.removeprefix("step-"))
 
 
-def test_the_papers_stages_say_that_they_cannot_run_yet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_papers_stages_say_what_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run_cli(monkeypatch, "stage1")
-    assert "--dry-run" in str(stop.value.code), "a text ends the process with code 1"
-    assert "4,104,225,152" in capsys.readouterr().out
+    assert "expected shards of `python -m experiments.prepare_data` in shards" in str(stop.value.code)
     assert not list(tmp_path.iterdir())
 
 
@@ -305,3 +313,152 @@ def test_samples_in_another_order_are_refused_in_a_sentence(root: Path, whole: P
     with pytest.raises(SettingsError, match=r"samples came in another order \([0-9a-f]{32}-[0-9a-f]{16}, now 0+\)"):
         check_same_run(whole, config, "0" * 32)
     check_same_run(whole, config, run["plan"])
+
+
+def torchrun(out: Path, *strikes: str, restarts: int = 0, sharding: str = "full") -> "subprocess.CompletedProcess[str]":
+    """The run of two ranks under torchrun, which the n-th start ends by the n-th strike."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), "-m", "tests.experiments.tiny_run", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_SHARDING": sharding}
+    return subprocess.run(
+        [*command, ",".join(strikes)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def sharded_contents(out: Path) -> dict[str, object]:
+    """What a sharded run is compared by."""
+    last = out / f"step-{STEPS:06d}"
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in read_whole(last).items()}
+    return {"metrics": (out / "metrics.jsonl").read_bytes(), **tensors}
+
+
+@pytest.fixture(scope="module")
+def whole_sharded(root: Path) -> Path:
+    """A sharded run of two ranks that nobody disturbs."""
+    config = tiny_run.tiny_config(root / "whole-sharded")
+    pretrain.main(replace(config, engine=EngineConfig(sharding="full", recompute="selective")))
+    return root / "whole-sharded"
+
+
+def test_torchrun_goes_on_by_itself_after_a_rank_and_after_all_were_killed(root: Path, whole_sharded: Path) -> None:
+    out = root / "restarted"
+    result = torchrun(out, "1:KILL:update:5", "all:KILL:update:5", "0:KILL:update:4", restarts=3)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "SIGKILL" in result.stderr or "exitcode: -9" in result.stderr.lower() or "-9" in result.stderr
+    assert sharded_contents(out) == sharded_contents(whole_sharded)
+    done = read_jsonl(out / "timing.jsonl")[-1]
+    assert done["step"] == STEPS and 0 < done["steps"] < STEPS, "it went on from a checkpoint"
+    assert not list(out.glob(".step-*"))
+
+
+def test_a_rank_that_is_left_alone_says_so_and_ends(root: Path) -> None:
+    result = torchrun(root / "dead", "1:KILL:update:2")
+    assert result.returncode != 0
+    assert "lost another rank, which ended or hangs" in result.stderr and "--max-restarts=N" in result.stderr
+
+
+@pytest.mark.slow
+def test_ten_kills_of_ranks_leave_no_trace(root: Path, whole_sharded: Path) -> None:
+    draw, out = random.Random(4), root / "ten-sharded"
+    strikes = [
+        f"{draw.choice(['0', '1', 'all'])}:KILL:{draw.choice(['update', 'update', 'save'])}:{draw.randint(1, 4)}"
+        for _ in range(10)
+    ]
+    result = torchrun(out, *strikes, restarts=10)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sharded_contents(out) == sharded_contents(whole_sharded)
+
+
+def test_a_sharded_run_is_the_run(root: Path, whole_sharded: Path) -> None:
+    """Other engines, other numbers of ranks: the same losses up to the order of sums."""
+    rows = {}
+    for name, processes, engine in (
+        ("none", 2, EngineConfig()),
+        ("replicate", 2, EngineConfig(sharding="replicate", recompute="full")),
+        ("full", 1, EngineConfig(sharding="full", batches_ahead=2)),
+        ("hybrid", 2, EngineConfig(sharding="hybrid", shard_size=1, background=False)),
+    ):
+        config = tiny_run.tiny_config(root / f"engine-{name}", steps=4, processes=processes)
+        config = replace(
+            config,
+            engine=engine,
+            optim=replace(config.optim, dtype="float32", muon_lr=0.0),
+            eval=replace(config.eval, score_every=0),
+        )
+        pretrain.main(config)
+        rows[name] = read_jsonl(config.run.out / "metrics.jsonl")
+    for name in ("replicate", "full", "hybrid"):
+        for one, other in zip(rows["none"], rows[name], strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+            assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+            assert other["loss_by_time"] == pytest.approx(one["loss_by_time"], rel=1e-3)
+            assert other["loss_by_grid"].keys() == {"4x4", "4x6"}
+        assert rows[name][-1]["validation"] == pytest.approx(rows["none"][-1]["validation"], rel=1e-3)
+    timing = read_jsonl(root / "engine-full" / "timing.jsonl")[-1]
+    assert timing["mfu"] is None and timing["tflops_per_rank"] > 0 and timing["rank_balance"] == 1
+    assert timing["tokens_per_second"] > timing["images_per_second"] > 0 and timing["peak_memory_gb"] > 0.05
+    assert 0 <= timing["data_wait_share"] < 1
+    with pytest.raises(SettingsError, match="is a sharded checkpoint"):
+        config = tiny_run.tiny_config(whole_sharded, processes=1)
+        pretrain.main(config)
+
+
+def guarded(root: Path, name: str, bad: dict[int, float], **guard: object) -> tuple[Path, list[dict[str, object]]]:
+    """A run of 12 steps in which the losses of some steps (from 1) are multiplied, each the first time only."""
+    config = tiny_run.tiny_config(root / name, steps=12, processes=1)
+    config = replace(
+        config,
+        optim=replace(config.optim, dtype="float32", muon_lr=0.0),
+        eval=replace(config.eval, score_every=0, validate_every=0),
+        run=replace(config.run, sample_every=0),
+        guard=GuardConfig(**guard),  # pyright: ignore
+    )
+    original, seen = pretrain.per_sample_loss, []
+
+    def worse(state: object, batch: object, times: object) -> object:
+        losses = original(state, batch, times)  # pyright: ignore
+        seen.append(state.step + 1)  # pyright: ignore
+        return losses * bad.get(state.step + 1, 1.0)  # pyright: ignore
+
+    pretrain.per_sample_loss = worse  # pyright: ignore
+    try:
+        pretrain.main(config)
+    finally:
+        pretrain.per_sample_loss = original
+    return config.run.out, read_jsonl(config.run.out / "metrics.jsonl")
+
+
+def test_bad_steps_are_left_out_counted_and_their_samples_named(root: Path) -> None:
+    out, rows = guarded(root, "skip", {5: float("nan"), 8: 1e6}, policy="skip", spike_factor=50.0, window=3, patience=2)
+    bad = {row["step"]: row for row in rows if "skipped" in row}
+    assert bad.keys() == {5, 8} and all(row["loss"] is None for row in bad.values())
+    assert bad[5]["skipped"] == "loss nan" and str(bad[8]["skipped"]).startswith("spike: gradient norm")
+    events = read_jsonl(out / "events.jsonl")
+    assert [(event["step"], event["action"], len(event["samples"])) for event in events] == [
+        (5, "skip", 8),
+        (8, "skip", 8),
+    ]
+    assert all(loss == "nan" for _, loss in events[0]["samples"]) and all(loss > 0 for _, loss in events[1]["samples"])
+    assert json.loads((out / "summary.json").read_text())["skipped_steps"] == 2
+    # Weights and moments did not notice: the rest is what a run without these two updates does.
+    assert all(row["loss"] < 10 for row in rows if row["loss"] is not None)
+    assert len(rows) == 12
+
+
+def test_going_back_leaves_the_bad_steps_out_for_good(root: Path) -> None:
+    out, rows = guarded(root, "restore", {8: float("inf"), 9: float("inf")}, policy="restore", patience=2, margin=1)
+    assert json.loads((out / "left_out.json").read_text()) == [[6, 9]]
+    assert {row["step"]: row["skipped"] for row in rows if "skipped" in row} == dict.fromkeys((7, 8, 9), "left out")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [event["action"] for event in read_jsonl(out / "events.jsonl")] == ["skip", "restore"]
+    # The same as a run that was told beforehand.
+    told = root / "told"
+    told.mkdir()
+    (told / "left_out.json").write_text("[[6, 9]]")
+    _, expected = guarded(root, "told", {}, policy="restore", patience=2, margin=1)
+    assert rows == expected
+
+
+def test_a_run_that_cannot_go_on_stops_with_a_reason(root: Path) -> None:
+    with pytest.raises(FloatingPointError, match="step 4: loss nan; bad steps since step 3: 2 bad steps in a row"):
+        guarded(root, "runaway", {3: float("nan"), 4: float("nan")}, policy="skip", patience=2)

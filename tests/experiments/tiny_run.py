@@ -1,7 +1,8 @@
 """Pre-training of a second, and ways to end it at a chosen moment: ``python -m tests.experiments.tiny_run OUT [STRIKE]``.
 
-A strike is ``WHO:SIGNAL:WHERE:COUNT``: at the COUNT-th time that the run gets to WHERE, WHO gets the signal. WHO is "parent" or
-the rank of a worker; the places are those of :data:`PLACES`.
+Under ``torchrun`` STRIKE is a list, joined by commas, of which each start of the job takes the next one, and ``TINY_SHARDING``
+names the engine. A strike is ``WHO:SIGNAL:WHERE:COUNT``: at the COUNT-th time that the run gets to WHERE, WHO gets the signal. WHO is "parent", the
+rank of a worker or "all"; the places are those of :data:`PLACES`.
 """
 
 import os
@@ -9,14 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments import pretrain, runs, training
+from experiments import pretrain, runs, sharded_state, training
+from experiments.engine import EngineConfig
 from experiments.folder_data import FolderConfig
 from experiments.miniature.autoencoder import smallest_autoencoder, train_autoencoder
 from experiments.miniature.language_model import smallest_language_model, train_language_model
@@ -45,6 +47,7 @@ SCENES = SceneConfig(
     num_captions=30, pictures_per_caption=2, num_held_out=5, batch_size=8, canvases=((16, 16), (16, 24))
 )
 PLACES = ("update", "row", "file", "before-name", "after-name", "clean")
+SHARDED_PLACES = ("update", "save")
 """Before a step's update; within a row of the metrics; after a file of a checkpoint; around the rename that makes it
 appear; before older ones go."""
 
@@ -88,7 +91,7 @@ class Strike:
     @classmethod
     def parse(cls, text: str) -> "Strike":
         who, number, where, count = text.split(":")
-        assert where in PLACES
+        assert where in PLACES + SHARDED_PLACES
         return cls(who, int(getattr(signal, f"SIG{number}")), where, int(count))
 
     def hit(self, processes: int) -> None:
@@ -132,7 +135,12 @@ def struck_train(group: Group, config: PretrainConfig, strike: Strike) -> None:
         runs.append_jsonl(path, row)
 
     # Only the first process writes; the others can be struck before an update.
-    if strike.who in ("parent", str(group.rank)) and (strike.who != "parent" or group.rank == 0):
+    if strike.who in ("all", str(group.rank)) and config.engine.sharding != "none":
+        name = {"update": "update", "save": "save"}[strike.where]
+        # Within a background save the files are half written: it is struck once the save has begun.
+        wrap = before if strike.where == "update" else after
+        setattr(sharded_state.ShardedState, name, wrap(getattr(sharded_state.ShardedState, name)))
+    elif strike.who in ("parent", str(group.rank)) and (strike.who != "parent" or group.rank == 0):
         if strike.where == "update":
             training.TrainingState.update = before(training.TrainingState.update)
         elif strike.where == "row":
@@ -171,8 +179,23 @@ def _struck(group: Group, config: PretrainConfig, *, strike: Strike) -> None:
     struck_train(group, config, strike)
 
 
+def run_again(out: Path, strikes: str) -> None:
+    """One start of a job under torchrun."""
+    torch.set_num_threads(1)
+    wanted = strikes.split(",") if strikes else []
+    number = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if number < len(wanted):
+        pretrain.train = partial(_struck, strike=Strike.parse(wanted[number]))
+    config = tiny_config(out)
+    engine = EngineConfig(sharding=os.environ["TINY_SHARDING"], recompute="selective")  # pyright: ignore
+    pretrain.main(replace(config, engine=engine))
+
+
 if __name__ == "__main__":
     # Under its own name, so that workers find the functions where they were pickled.
     from tests.experiments import tiny_run
 
-    tiny_run.run(Path(sys.argv[1]), *sys.argv[2:3])
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        tiny_run.run_again(Path(sys.argv[1]), *sys.argv[2:3])
+    else:
+        tiny_run.run(Path(sys.argv[1]), *sys.argv[2:3])

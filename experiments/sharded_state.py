@@ -115,7 +115,7 @@ class ShardedState:
                 unused=self.model.unused_parameters(),
                 memory_bytes=memory,
             )
-            self.module, self.compute = copies, SimpleNamespace(forward_packed=copies)
+            self.module, self.compute = copies, SimpleNamespace(forward_packed=copies, config=model_config)
         self.ema = parameter_copies(self.model)
         parameters = dict(self.model.named_parameters())
         hidden = {n: p for n, p in parameters.items() if optim.muon_lr and n.endswith(HIDDEN_MATRICES)}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.runs import StopRequest
-from lensmini.parallel import Group, run_processes
+from lensmini.parallel import Group, LostRankError, run_processes
+from lensmini.parallel.processes import agree_on_start
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,3 +187,20 @@ def test_a_killed_worker_ends_the_job_with_an_error(tmp_path: Path) -> None:
     assert parent.returncode == 1
     assert "-9]" in errors, "the exit codes name the signal"
     assert not any(map(alive, workers))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_start_agrees_on_a_word_of_its_own_whatever_the_store_remembers(world_size: int) -> None:
+    store, words = dist.HashStore(), []
+    # The second start finds everything that the first one left, and the third what one that nobody finished left.
+    for left_alone in (False, True, False):
+        if left_alone:
+            with pytest.raises(LostRankError, match=r"ranks \[0\] did not come in 0 s"):
+                agree_on_start(store, world_size, world_size + 1, 0.05)
+            continue
+        with ThreadPoolExecutor(world_size) as pool:
+            jobs = [pool.submit(agree_on_start, store, rank, world_size, 20.0) for rank in reversed(range(world_size))]
+            found = {job.result() for job in jobs}
+        assert len(found) == 1
+        words += found
+    assert len(set(words)) == 2

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -165,8 +167,13 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
         die_with_parent(os.getppid())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(_backend(), timeout=timeout)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(agree_on_start(store, rank, world_size, timeout.total_seconds()), store)
+        dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(_backend(), timeout=timeout)
     try:
         _run(function, rank, world_size, arguments)
     except RuntimeError as error:
@@ -177,6 +184,48 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
             f"says why. This rank ends too. torchrun --max-restarts=N starts the job again, and it goes on from its last "
             f"checkpoint. Seen here: {str(error).splitlines()[0]}"
         ) from error
+
+
+def agree_on_start(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+    """A word that all ranks of this start of a job agree on, and no earlier start had.
+
+    An agent of torchrun may keep its store over restarts, and what it holds from a start before would send ranks to
+    addresses of the dead. So each rank asks under a word of its own, and the first rank answers until all have heard it.
+
+    Args:
+        store: that all ranks share, whatever it holds.
+        rank: of this process.
+        world_size: number of processes.
+        seconds: to wait for the others.
+
+    Returns:
+        The word.
+
+    Raises:
+        LostRankError: if somebody does not come.
+
+    Example:
+        >>> len(agree_on_start(dist.HashStore(), 0, 1, 1.0))
+        32
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + seconds
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    store.set(f"lensmini/asks/{rank}", own)
+    while missing:
+        if rank and store.check([f"lensmini/answer/{own}"]):
+            word = store.get(f"lensmini/answer/{own}").decode()
+            store.set(f"lensmini/heard/{word}/{rank}", b"1")
+            return word
+        for other in sorted(missing) if rank == 0 else ():
+            if store.check([f"lensmini/heard/{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"lensmini/asks/{other}"]):
+                # Perhaps the word of a start before; then it asks again under another one.
+                store.set(f"lensmini/answer/{store.get(f'lensmini/asks/{other}').decode()}", own)
+        if time.monotonic() > end:
+            raise LostRankError(f"rank {rank} of {world_size}: ranks {sorted(missing)} did not come in {seconds:.0f} s")
+        time.sleep(0.01)
+    return own
 
 
 def _backend() -> str:

@@ -398,8 +398,8 @@ def test_a_sharded_run_is_the_run(root: Path, whole_sharded: Path) -> None:
     assert timing["mfu"] is None and timing["tflops_per_rank"] > 0 and timing["rank_balance"] == 1
     assert timing["tokens_per_second"] > timing["images_per_second"] > 0 and timing["peak_memory_gb"] > 0.05
     assert 0 <= timing["data_wait_share"] < 1
+    config = tiny_run.tiny_config(whole_sharded, processes=1)
     with pytest.raises(SettingsError, match="is a sharded checkpoint"):
-        config = tiny_run.tiny_config(whole_sharded, processes=1)
         pretrain.main(config)
 
 

@@ -1,8 +1,8 @@
 """Pre-training of a second, and ways to end it at a chosen moment: ``python -m tests.experiments.tiny_run OUT [STRIKE]``.
 
-Under ``torchrun`` STRIKE is a list, joined by commas, of which each start of the job takes the next one, and ``TINY_SHARDING``
-names the engine. A strike is ``WHO:SIGNAL:WHERE:COUNT``: at the COUNT-th time that the run gets to WHERE, WHO gets the signal. WHO is "parent", the
-rank of a worker or "all"; the places are those of :data:`PLACES`.
+A strike is ``WHO:SIGNAL:WHERE:COUNT``: at the COUNT-th time that the run gets to WHERE, WHO gets the signal. WHO is "parent",
+the rank of a worker, or "all"; the places are those of :data:`PLACES`. Under ``torchrun`` STRIKE is a list, joined by commas,
+of which each start of the job takes the next one, and ``TINY_SHARDING`` names the engine.
 """
 
 import os

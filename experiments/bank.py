@@ -46,9 +46,9 @@ class Batch(NamedTuple):
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        tensors = (part.to(device, non_blocking=True) for part in (self.image_tokens, self.text_tokens))
-        random = (part.to(device, non_blocking=True) for part in (self.noise, self.normal))
-        return Batch(*tensors, self.layout.to(device), *random, self.pictures)
+        moved = [part.to(device, non_blocking=True) for part in (self.image_tokens, self.text_tokens)]
+        random = [part.to(device, non_blocking=True) for part in (self.noise, self.normal)]
+        return Batch(moved[0], moved[1], self.layout.to(device), random[0], random[1], self.pictures)
 
 
 def random_stream(*key: int) -> torch.Generator:

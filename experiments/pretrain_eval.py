@@ -14,6 +14,7 @@ from experiments.shard_data import ShardBank
 from experiments.sharded_state import ShardedState
 from experiments.training import OptimConfig, TrainingState
 from lensmini.data import build_scene_prompts
+from lensmini.nn import LensTransformer
 from lensmini.objectives import flow_matching_loss, training_mu
 from lensmini.parallel import Group
 from lensmini.paths import interpolate, velocity_target
@@ -90,7 +91,7 @@ def evaluate(
     painters = Group(0, 1) if together else group
     if isinstance(data, SceneConfig) and due(config.eval.score_every):
         prompts = build_scene_prompts(max(1, config.eval.num_prompts // 6), seed=1_000_003, wording=data.wording)
-        score, _ = score_suite(state.compute, world, prompts, data.canvases, config.eval, painters)
+        score, _ = score_suite(_painter(state), world, prompts, data.canvases, config.eval, painters)
         row |= {"strict": score.strict, "loose": score.loose, "atom": score.atom}
     wanted = due(config.run.sample_every) or (last and not isinstance(bank, ShardBank | None))
     if (group.rank == 0 or together) and wanted:
@@ -104,7 +105,7 @@ def evaluate(
             assert isinstance(bank, ShardBank | None)
             texts = [] if bank is None else bank.captions(range(min(12, len(bank.index))))
         if texts:
-            pictures = paint_prompts(state.compute, world, texts, canvases, config.eval)
+            pictures = paint_prompts(_painter(state), world, texts, canvases, config.eval)
             if group.rank == 0:
                 save_grid(pictures, texts, config.run.out / f"samples-{state.step:06d}.png")
     return row
@@ -112,3 +113,8 @@ def evaluate(
 
 def _device(state: State) -> torch.device:
     return state.device if isinstance(state, ShardedState) else torch.device("cpu")
+
+
+def _painter(state: State) -> LensTransformer:
+    """What paints: a sharded or replicated model itself, or the low-precision copy."""
+    return state.model if isinstance(state, ShardedState) else state.compute

@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class ShardBank:
         self.index = SampleIndex(folder)
         if tuple(self.index.buckets) != tuple(config.buckets):
             raise ValueError(f"{folder}: expected an index of {len(config.buckets)} buckets, got one of others")
-        self.spent: Counter[str] = Counter()
+        self.spent = {"text_encoder": 0.0, "autoencoder": 0.0}
         self._source: list[Features] = []
 
     def plan(self, *, seed: int, model: LensConfig) -> BatchPlan:
@@ -213,8 +213,7 @@ class ShardBank:
 
     def take_spent(self) -> dict[str, float]:
         """Seconds of both encoders since the last call."""
-        spent = {name: self.spent[name] for name in ("text_encoder", "autoencoder")}
-        self.spent.clear()
+        spent, self.spent = self.spent, dict.fromkeys(self.spent, 0.0)
         return spent
 
     def _members(self, number: int) -> dict[str, bytes]:

@@ -221,7 +221,7 @@ class ShardedState:
         return weights | {f"ema.{name}": tensor for name, tensor in self.ema.items()} | dict(moments)
 
     def _moments(self) -> dict[str, Tensor]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {
             f"optim.{names[parameter]}.{key}": value
             for optimizer in self.optimizers
@@ -231,7 +231,7 @@ class ShardedState:
 
     def _stored_moments(self, path: Path) -> dict[str, Tensor]:
         """Room for the moments that a checkpoint holds, in the optimisers."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         stored = stored_shapes(path)
         for optimizer in self.optimizers:
             keys = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq", "step")

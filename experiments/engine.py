@@ -1,10 +1,12 @@
 """Which engine a run trains on: settings, the processes' device, and the state that fits them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from experiments.adapter_state import AdapterConfig, AdapterState
 from experiments.sharded_state import ShardedState, Sharding
 from experiments.training import OptimConfig, TrainingState
 from lensmini.nn import LensConfig
@@ -61,8 +63,15 @@ class EngineConfig:
 
 
 def make_state(
-    engine: EngineConfig, model: LensConfig, optim: OptimConfig, *, seed: int, group: Group
-) -> TrainingState | ShardedState:
+    engine: EngineConfig,
+    model: LensConfig,
+    optim: OptimConfig,
+    *,
+    seed: int,
+    group: Group,
+    adapter: AdapterConfig | None = None,
+    base: Path | None = None,
+) -> TrainingState | ShardedState | AdapterState:
     """The weights, averages and optimisers of this process.
 
     Args:
@@ -71,10 +80,16 @@ def make_state(
         optim: optimiser settings.
         seed: of the initial weights.
         group: the job.
+        adapter: train low-rank updates of ``base`` only.
+        base: released weights that an adapter belongs to.
 
     Raises:
         ValueError: if the engine cannot hold the model, or needs a job of several processes that does not run.
     """
+    if adapter is not None and adapter.rank:
+        assert base is not None
+        device = engine.torch_device()
+        return AdapterState(base, adapter, optim, seed=seed, group=group, device=device, recompute=engine.recompute)
     if engine.sharding == "none":
         return TrainingState(model, optim, seed=seed, group=group)
     return ShardedState(

@@ -8,6 +8,7 @@
 On GPUs, from shards that ``experiments.prepare_data`` wrote; ``--max-restarts`` lets the job go on by itself when a rank
 dies, from its last checkpoint:
 
+    python -m experiments.pretrain finetune_24gb --data.path OUT/shards --init-from FOLDER_OR_REPO
     torchrun --nproc-per-node 8 --max-restarts 20 -m experiments.pretrain lab_8gpu --data.path OUT/shards
     sbatch --nodes 16 --ntasks-per-node 1 --gpus-per-node 8 --requeue --wrap 'srun torchrun --nnodes 16 --nproc-per-node 8
       --rdzv-backend c10d --rdzv-endpoint $(scontrol show hostnames $SLURM_NODELIST | head -1):29500 --max-restarts 20
@@ -109,7 +110,8 @@ def train(group: Group, config: PretrainConfig) -> None:
     world, bank, held_out = open_data(config, device)
     plan = make_plan(config, bank)
     check_same_run(run.out, config, bank.order_id(plan))
-    state = make_state(config.engine, config.model, optim, seed=run.seed, group=group)
+    parts: dict[str, Any] = {"adapter": config.adapter, "base": config.init_from}
+    state = make_state(config.engine, config.model, optim, seed=run.seed, group=group, **parts)
     plan.micro_steps(group.world_size)
     guard, meter = Guard(config.guard, run.out), Meter(config.model, group, peak_flops(config.engine))
 
@@ -120,7 +122,7 @@ def train(group: Group, config: PretrainConfig) -> None:
 
     def start() -> Feed:
         """Weights, guard and order of samples as they were at the last checkpoint, or at the beginning."""
-        if not state.resume(run.out) and config.init_from is not None:
+        if not state.resume(run.out) and config.init_from is not None and not config.adapter.rank:
             state.load(config.init_from, which=config.init_weights, optimizer=not config.reset_optimizer)
         found = latest_checkpoint(run.out)
         if found is None and config.guard.policy == "restore":

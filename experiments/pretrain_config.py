@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from experiments.adapter_state import AdapterConfig
 from experiments.engine import EngineConfig
 from experiments.folder_data import FolderConfig
 from experiments.guards import GuardConfig
@@ -52,6 +53,8 @@ class PretrainConfig:
     """Measurements."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How processes share the model."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Low-rank updates of released weights (``init_from``), in place of all weights."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What happens to steps that are no numbers, and to spikes."""
     miniature: MiniatureConfig = field(default_factory=MiniatureConfig)
@@ -68,6 +71,10 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.init_weights not in ("model", "ema"):
             raise ValueError(f'init_weights: expected "model" or "ema", got {self.init_weights!r}')
+        if self.adapter.rank and self.init_from is None:
+            raise ValueError("adapter.rank: expected init_from with it, the released weights that it changes")
+        if self.adapter.rank and self.engine.sharding != "none":
+            raise ValueError(f'adapter.rank: expected engine.sharding "none", got {self.engine.sharding!r}')
         if self.data.num_slots % self.run.processes:
             raise ValueError(
                 f"processes: expected a divisor of data.num_slots = {self.data.num_slots}, got {self.run.processes}"
@@ -178,4 +185,27 @@ def lab_8gpu_512() -> PretrainConfig:
     )
 
 
-PRESETS: tuple[Callable[[], PretrainConfig], ...] = (mini, folder, toy_1b, lab_8gpu, lab_8gpu_512, stage1, stage2)
+def finetune_24gb() -> PretrainConfig:
+    """Low-rank updates (rank 64) of the released 3.8B weights on your shards, 512x512, one GPU of 24 GB."""
+    return PretrainConfig(
+        model=LensConfig(),
+        data=ShardsConfig(images_per_rank=(2,), num_ranks=8, features="precomputed"),
+        optim=OptimConfig(lr=1e-4, warmup_steps=50, ema_decay=0.99),
+        run=RunConfig(out=Path("runs/finetune_24gb"), steps=2000, checkpoint_every=250, log_every=10),
+        eval=EvalConfig(validate_every=250, num_steps=20, mu=None),
+        engine=EngineConfig(device="cuda", recompute="full", batches_ahead=2),
+        adapter=AdapterConfig(rank=64, alpha=128.0),
+        init_from=Path("microsoft/Lens-Base"),
+    )
+
+
+PRESETS: tuple[Callable[[], PretrainConfig], ...] = (
+    mini,
+    folder,
+    finetune_24gb,
+    toy_1b,
+    lab_8gpu,
+    lab_8gpu_512,
+    stage1,
+    stage2,
+)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from experiments.adapter_state import AdapterState
 from experiments.bank import Batch, FeatureBank
 from experiments.folder_data import FolderConfig
 from experiments.miniature.world import Miniature
@@ -21,7 +22,7 @@ from lensmini.paths import interpolate, velocity_target
 
 __all__ = ["State", "evaluate", "per_sample_loss", "sample_times", "validation_losses"]
 
-State = TrainingState | ShardedState
+State = TrainingState | ShardedState | AdapterState
 _LARGE_BATCH = 8
 """Held-out pictures that go through a large model at a time."""
 
@@ -112,7 +113,7 @@ def evaluate(
 
 
 def _device(state: State) -> torch.device:
-    return state.device if isinstance(state, ShardedState) else torch.device("cpu")
+    return torch.device("cpu") if isinstance(state, TrainingState) else state.device
 
 
 def _painter(state: State) -> LensTransformer:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessException
@@ -108,7 +107,7 @@ def run_processes(
         return
     if num_processes == 1:
         if alone:
-            dist.init_process_group(_backend(), store=c10d.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         try:
             function(Group(0, 1), *arguments)
         finally:
@@ -170,8 +169,8 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        store, _, _ = next(c10d.rendezvous("env://", timeout=timeout))
-        store = c10d.PrefixStore(agree_on_start(store, rank, world_size, timeout.total_seconds()), store)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
+        store = dist.PrefixStore(agree_on_start(store, rank, world_size, timeout.total_seconds()), store)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(_backend(), timeout=timeout)
@@ -187,7 +186,7 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...], timeout: ti
         ) from error
 
 
-def agree_on_start(store: c10d.Store, rank: int, world_size: int, seconds: float) -> str:
+def agree_on_start(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:  # pyright: ignore[reportPrivateImportUsage]
     """A word that all ranks of this start of a job agree on, and no earlier start had.
 
     An agent of torchrun may keep its store over restarts, and what it holds from a start before would send ranks to
@@ -206,7 +205,7 @@ def agree_on_start(store: c10d.Store, rank: int, world_size: int, seconds: float
         LostRankError: if somebody does not come.
 
     Example:
-        >>> len(agree_on_start(c10d.HashStore(), 0, 1, 1.0))
+        >>> len(agree_on_start(dist.HashStore(), 0, 1, 1.0))
         32
     """
     own, end = uuid.uuid4().hex, time.monotonic() + seconds

@@ -213,7 +213,7 @@ def test_every_preset_describes_itself(
     config = json.loads(output[: output.index("\n}") + 2])
     assert config["dry_run"] is True and config["run"]["out"] == f"runs/{preset}"
     assert "parameters" in output and "FLOPs per step" in output and "training state" in output
-    assert ("4,104,225,152" in output) == preset.startswith("stage")
+    assert ("4,104,225,152" in output) == preset.startswith(("stage", "finetune"))
     sizes = {"toy_1b": 1.2e9, "lab_8gpu": 0.6e9, "lab_8gpu_512": 0.6e9}
     if preset in sizes:
         count = int(output.split("parameters")[-1].split()[0].replace(",", ""))

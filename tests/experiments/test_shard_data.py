@@ -1,22 +1,26 @@
 """Shards of pictures train a model as they are: encoded when needed, ahead or beforehand, on any number of ranks."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from experiments import consolidate, pretrain
+from experiments.adapter_state import AdapterConfig, AdapterState
 from experiments.engine import EngineConfig
 from experiments.prepare_data import prepare
 from experiments.pretrain_config import EvalConfig, PretrainConfig
 from experiments.runs import RunConfig, read_jsonl
 from experiments.shard_data import ShardBank, ShardsConfig, load_encoders
 from experiments.training import OptimConfig
-from lensmini.checkpoints import load_transformer
+from lensmini.checkpoints import load_lora, load_transformer, merge_lora
 from lensmini.data import Bucket
 from lensmini.nn import LensConfig
+from lensmini.parallel import Group
 from tests.experiments.test_generate_released import folder as released  # noqa: F401
 from tests.experiments.test_prepare_data import config as prepare_config
 from tests.experiments.test_prepare_data import scenes
@@ -151,3 +155,55 @@ def test_samples_are_those_of_the_shards(data: ShardsConfig, tmp_path: Path) -> 
 def test_settings_that_do_not_go_together_are_errors(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(ShardsConfig(mode="packed"), **change)
+
+
+def test_an_adapter_trains_saves_goes_on_and_is_read_by_everyone(
+    data: ShardsConfig,
+    released: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("peft")
+    changes = {
+        "adapter": AdapterConfig(rank=2, alpha=4.0),
+        "init_from": released,
+        "engine": EngineConfig(recompute="full"),
+        "optim": OptimConfig(lr=3e-3, dtype="float32", ema_decay=0.5),
+    }
+
+    def settings(name: str, steps: int, **more: object) -> RunConfig:
+        return RunConfig(out=tmp_path / name, steps=steps, log_every=1, checkpoint_every=2, sample_every=0, **more)
+
+    config, rows = run(data, tmp_path / "whole", run=settings("whole", 4), **changes)
+    _, two = run(data, tmp_path / "two", run=settings("two", 4, processes=2), **changes)
+    for one, other in zip(rows, two, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    # It stops at a checkpoint and goes on from it.
+    out = tmp_path / "again"
+    shutil.copytree(config.run.out, out)
+    shutil.rmtree(out / "step-000004")
+    (out / "summary.json").unlink()
+    _, again = run(data, out, run=settings("again", 4), **changes)
+    assert again == rows
+    for name in ("model", "ema", "optimizer", "adapter"):
+        one, other = (load_file(path / "step-000004" / f"{name}.safetensors") for path in (config.run.out, out))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    # Merged into the released weights it is the model that was trained.
+    state = AdapterState(
+        released, changes["adapter"], changes["optim"], seed=0, group=Group(0, 1), device=torch.device("cpu")
+    )
+    batch = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    times = torch.tensor([0.3, 0.8])
+    base = load_transformer(released, dtype=torch.float32)
+    before = base(batch, times)
+    torch.testing.assert_close(state.compute(batch, times), before)
+    assert state.resume(config.run.out)
+    with torch.no_grad():
+        for name, half in state.halves.items():
+            half.copy_(state.ema[name])
+    merge_lora(base, load_lora(config.run.out / "step-000004" / "adapter.safetensors"))
+    after = base(batch, times)
+    torch.testing.assert_close(state.compute(batch, times), after, rtol=1e-4, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="expected init_from with it"):
+        replace(config, init_from=None)

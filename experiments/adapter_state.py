@@ -183,11 +183,13 @@ class AdapterState:
         for name, half in self.halves.items():
             half.copy_(stored["model"][name])
             self.ema[name].copy_(stored["ema"][name])
-            state = {key: stored["optimizer"].get(f"{name}.{key}") for key in ("exp_avg", "exp_avg_sq", "step")}
-            if all(value is not None for value in state.values()):
+            moments = stored["optimizer"]
+            state = {
+                key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}.{key}" in moments
+            }
+            if state:
                 self.optimizer.state[half] = {
-                    key: value.to(self.device) if key != "step" else value
-                    for key, value in state.items()  # pyright: ignore
+                    key: value.to(self.device) if key != "step" else value for key, value in state.items()
                 }
         return True
 

@@ -1,5 +1,6 @@
 """Which engine a run trains on: settings, the processes' device, and the state that fits them."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -92,6 +93,8 @@ def make_state(
         return AdapterState(base, adapter, optim, seed=seed, group=group, device=device, recompute=engine.recompute)
     if engine.sharding == "none":
         return TrainingState(model, optim, seed=seed, group=group)
+    # The last block hands its text on as it came, which torch warns of on every rank; nothing here changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     return ShardedState(
         model,
         optim,

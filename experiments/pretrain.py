@@ -110,8 +110,8 @@ def train(group: Group, config: PretrainConfig) -> None:
     world, bank, held_out = open_data(config, device)
     plan = make_plan(config, bank)
     check_same_run(run.out, config, bank.order_id(plan))
-    parts: dict[str, Any] = {"adapter": config.adapter, "base": config.init_from}
-    state = make_state(config.engine, config.model, optim, seed=run.seed, group=group, **parts)
+    adapted: dict[str, Any] = {"adapter": config.adapter, "base": config.init_from}
+    state = make_state(config.engine, config.model, optim, seed=run.seed, group=group, **adapted)
     plan.micro_steps(group.world_size)
     guard, meter = Guard(config.guard, run.out), Meter(config.model, group, peak_flops(config.engine))
 

@@ -48,6 +48,7 @@ PATHS = "tests/test_paths.py::"
 SAMPLING = "tests/test_sampling.py"
 TIMES = "tests/objectives/test_times.py::"
 LOSS = "tests/objectives/test_flow_matching.py::"
+SHARDED = "tests/test_sharded.py::"
 
 MUTATIONS = [
     # Epsilons
@@ -735,6 +736,77 @@ MUTATIONS = [
         "    if shaped:",
         "    if False:",
         ("tests/pipeline/test_folder.py::test_a_configuration_that_does_not_fit_is_one_error",),
+    ),
+    # Many ranks
+    Mutation(
+        "clipping epsilon",
+        "parallel/sharding.py",
+        "max_norm / (norm + 1e-6)",
+        "max_norm / (norm + 1e-1)",
+        (SHARDED + "test_clipping_is_the_formula_and_leaves_what_is_not_finite",),
+    ),
+    Mutation(
+        "clipping by a norm that is no number",
+        "parallel/sharding.py",
+        "    if norm.isfinite():\n",
+        "    if True:\n",
+        (SHARDED + "test_clipping_is_the_formula_and_leaves_what_is_not_finite",),
+    ),
+    Mutation(
+        "times cast with the inputs",
+        "parallel/sharding.py",
+        "reduce_dtype=torch.float32, cast_forward_inputs=False",
+        "reduce_dtype=torch.float32, cast_forward_inputs=True",
+        (SHARDED + "test_times_and_rotations_stay_in_float32_under_bfloat16",),
+    ),
+    Mutation(
+        "weights left gathered in low precision",
+        "parallel/sharding.py",
+        "mp_policy=policy, reshard_after_forward=True",
+        "mp_policy=policy, reshard_after_forward=False",
+        (SHARDED + "test_times_and_rotations_stay_in_float32_under_bfloat16",),
+    ),
+    Mutation(
+        "selective recomputation keeps everything but products",
+        "parallel/recompute.py",
+        "if name in KEPT_OPERATIONS else",
+        "if name not in KEPT_OPERATIONS else",
+        (SHARDED + "test_each_mode_holds_less_than_the_one_before",),
+    ),
+    Mutation(
+        "full recomputation recomputes nothing",
+        "parallel/recompute.py",
+        "if not torch.is_grad_enabled():",
+        "if torch.is_grad_enabled():",
+        (SHARDED + "test_each_mode_holds_less_than_the_one_before",),
+    ),
+    Mutation(
+        "one checkpoint too many kept",
+        "parallel/sharded_checkpoints.py",
+        "self._found()[: -self.keep]",
+        "self._found()[: -self.keep - 1]",
+        (SHARDED + "test_checkpoints_are_whole_or_absent_and_the_newest_stay",),
+    ),
+    Mutation(
+        "a checkpoint appears before it is on disk",
+        "parallel/sharded_checkpoints.py",
+        "        for entry in [*new.iterdir(), new]:\n            _sync(entry)\n",
+        "",
+        (SHARDED + "test_checkpoints_are_whole_or_absent_and_the_newest_stay",),
+    ),
+    Mutation(
+        "a start of a job takes an older start's word",
+        "parallel/processes.py",
+        "own, end = uuid.uuid4().hex,",
+        "own, end = str(rank),",
+        ("tests/test_parallel.py::test_every_start_agrees_on_a_word_of_its_own_whatever_the_store_remembers",),
+    ),
+    Mutation(
+        "a dead parameter counts as used",
+        "nn/transformer.py",
+        '("attn.to_add_out", "txt_norm2", "txt_mlp")',
+        '("attn.to_add_out", "txt_mlp")',
+        (SHARDED + "test_unused_parameters_are_exactly_those_without_gradient",),
     ),
 ]
 

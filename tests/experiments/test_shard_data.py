@@ -21,7 +21,7 @@ from lensmini.checkpoints import load_lora, load_transformer, merge_lora
 from lensmini.data import Bucket
 from lensmini.nn import LensConfig
 from lensmini.parallel import Group
-from tests.experiments.test_generate_released import folder as released  # noqa: F401
+from tests.experiments.test_generate_released import folder as released_folder  # noqa: F401
 from tests.experiments.test_prepare_data import config as prepare_config
 from tests.experiments.test_prepare_data import scenes
 
@@ -42,7 +42,7 @@ BUCKETS = (Bucket(48, 64), Bucket(64, 48), Bucket(56, 56))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, released: Path) -> ShardsConfig:  # noqa: F811
+def data(tmp_path_factory: pytest.TempPathFactory, released_folder: Path) -> ShardsConfig:  # noqa: F811
     root = tmp_path_factory.mktemp("shards")
     prepare(prepare_config(scenes(root / "pictures", range(18)), root / "train"))
     prepare(prepare_config(scenes(root / "others", range(100, 106)), root / "held-out"))
@@ -53,8 +53,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, released: Path) -> ShardsConf
         images_per_rank=(2,),
         num_ranks=2,
         mode="packed",
-        text_encoder=str(released),
-        autoencoder=str(released),
+        text_encoder=str(released_folder),
+        autoencoder=str(released_folder),
         encoder_dtype="float32",
     )
 
@@ -159,13 +159,13 @@ def test_settings_that_do_not_go_together_are_errors(change: dict[str, object], 
 
 def test_an_adapter_trains_saves_goes_on_and_is_read_by_everyone(
     data: ShardsConfig,
-    released: Path,
+    released_folder: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("peft")
     changes = {
         "adapter": AdapterConfig(rank=2, alpha=4.0),
-        "init_from": released,
+        "init_from": released_folder,
         "engine": EngineConfig(recompute="full"),
         "optim": OptimConfig(lr=3e-3, dtype="float32", ema_decay=0.5),
     }
@@ -190,11 +190,11 @@ def test_an_adapter_trains_saves_goes_on_and_is_read_by_everyone(
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     # Merged into the released weights it is the model that was trained.
     state = AdapterState(
-        released, changes["adapter"], changes["optim"], seed=0, group=Group(0, 1), device=torch.device("cpu")
+        released_folder, changes["adapter"], changes["optim"], seed=0, group=Group(0, 1), device=torch.device("cpu")
     )
     batch = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(0))
     times = torch.tensor([0.3, 0.8])
-    base = load_transformer(released, dtype=torch.float32)
+    base = load_transformer(released_folder, dtype=torch.float32)
     before = base(batch, times)
     torch.testing.assert_close(state.compute(batch, times), before)
     assert state.resume(config.run.out)

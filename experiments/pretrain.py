@@ -38,7 +38,7 @@ from experiments.meters import Meter, SlotLosses, loss_table
 from experiments.miniature.world import Miniature, prepare_miniature
 from experiments.pretrain_config import PRESETS, EvalConfig, PretrainConfig, folder, mini, stage1, stage2
 from experiments.pretrain_data import SceneConfig, scene_banks
-from experiments.pretrain_eval import evaluate, per_sample_loss, sample_times, validation_losses
+from experiments.pretrain_eval import evaluate, per_sample_loss, sample_times
 from experiments.runs import (
     StopRequest,
     append_jsonl,
@@ -67,7 +67,6 @@ __all__ = [
     "stage1",
     "stage2",
     "train",
-    "validation_losses",
 ]
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import pretrain
+from experiments import pretrain, pretrain_eval
 from experiments import quickstart as script
 from experiments.bank import FeatureBank
 from experiments.generate import UNSEEN_CANVASES, find_checkpoint
@@ -172,17 +172,17 @@ def test_a_directory_with_other_settings_is_refused_by_name(run):
 def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(run, monkeypatch):
     whole, _ = run
     out = whole.parent / "stopped"
-    original = pretrain.validation_losses
+    original = pretrain_eval.validation_losses
 
     def stop(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(pretrain, "validation_losses", stop)
+    monkeypatch.setattr(pretrain_eval, "validation_losses", stop)
     with pytest.raises(SystemExit, match="stopped at step 4 of 6"):
         main(at(out))
     assert not (out / "report.html").exists()
-    monkeypatch.setattr(pretrain, "validation_losses", original)
+    monkeypatch.setattr(pretrain_eval, "validation_losses", original)
     main(at(out))
     for name in ("metrics.jsonl", "step-000006/ema.safetensors", "step-000006/model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()

@@ -91,7 +91,7 @@ MINI_MODEL = LensConfig(
     enc_hidden_dim=128,
     selected_layer_index=(0, 1, 2, 3),
 )
-CLUSTER = EngineConfig(sharding="hybrid", shard_size=8, recompute="selective", compile=True, batches_ahead=2)
+CLUSTER = EngineConfig(sharding="hybrid", shard_size=8, recompute="full", compile=True, batches_ahead=2)
 WATCHED = GuardConfig(policy="restore", spike_factor=10.0, patience=3, margin=50)
 
 
@@ -147,9 +147,9 @@ def stage2() -> PretrainConfig:
 
 
 def toy_1b() -> PretrainConfig:
-    """The paper's 1.2B ablation backbone (its sizes are ours: 32 blocks of width 1024), 256x256, 8 GPUs."""
+    """The paper's 1.2B ablation backbone (its sizes are ours: 36 blocks of width 960), 256x256, 8 GPUs."""
     return PretrainConfig(
-        model=LensConfig(num_layers=32, num_attention_heads=16),
+        model=LensConfig(num_layers=36, num_attention_heads=15),
         data=ShardsConfig(buckets=(Bucket(256, 256),), images_per_rank=(64,), num_ranks=8, features="precomputed"),
         optim=OptimConfig(lr=2e-4, warmup_steps=1000),
         run=RunConfig(out=Path("runs/toy_1b"), steps=100_000, checkpoint_every=1000, log_every=10),
@@ -181,6 +181,7 @@ def lab_8gpu_512() -> PretrainConfig:
         data=replace(base.data, buckets=buckets, images_per_rank=(64,), mode="packed"),
         optim=replace(base.optim, lr=1e-4, muon_lr=4e-3, decay_fraction=0.3),
         run=replace(base.run, out=Path("runs/lab_8gpu_512"), steps=60_000),
+        engine=replace(base.engine, recompute="selective"),
         init_from=Path("runs/lab_8gpu/step-150000"),
     )
 

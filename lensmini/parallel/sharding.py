@@ -72,6 +72,10 @@ def shard_model(
         raise ValueError(f"methods: expected methods of {type(model).__name__}, got {missing}")
     if prefetch < 0:
         raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
+    names = mesh.mesh_dim_names or ()
+    if "replicate" in names and mesh["replicate"].size() == 1:
+        # Nobody to sum with: plain FSDP, without an all-reduce of one rank per block.
+        mesh = mesh["shard"]
     recompute_blocks(listed, recompute)
     if compile:
         given = dict(compile) if isinstance(compile, Mapping) else {}

@@ -10,7 +10,11 @@ __all__ = ["plot_rows", "print_report"]
 _INK, _MUTED, _LINE = "#1d2733", "#66727f", "#dde3e8"
 _COLOURS = {"bucket": "#2166ac", "packed": "#1b7f4b", "same_bucket": "#d9731a"}
 _NAMES = {"bucket": "a bucket per slot (paper)", "packed": "packed slots", "same_bucket": "a bucket per step"}
-_MARKS = (("none", "o", "nothing recomputed"), ("selective", "D", "norms and products"), ("full", "s", "whole blocks"))
+_MARKS = (
+    ("none", "o", "nothing recomputed"),
+    ("selective", "D", "all but matrix products"),
+    ("full", "s", "whole blocks"),
+)
 
 
 def _gigabytes(row: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ NUM_SAMPLES = 4
 
 def build() -> Any:
     """A tiny Flux on the meta device."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel  # pyright: ignore[reportPrivateImportUsage]
 
     sizes: dict[str, Any] = {
         "num_layers": 1,

@@ -93,7 +93,7 @@ class SavedTensor(NamedTuple):
     inner: int
     mlp: int
     selective: bool
-    """True if selective recomputation drops it: norm outputs and the SwiGLU product, which cost no matrix product."""
+    """True if selective recomputation drops it: neither a matrix product nor the attention makes it."""
     tail: bool
     """True if it is behind the attention, where the last block computes nothing for text."""
 
@@ -102,11 +102,11 @@ BLOCK_ACTIVATIONS = (
     SavedTensor("residual input", 1, 0, selective=False, tail=False),
     SavedTensor("normed and modulated input of qkv", 1, 0, selective=True, tail=False),
     SavedTensor("query, key and value", 3, 0, selective=False, tail=False),
-    SavedTensor("rotated query and key, and value, in joint order", 3, 0, selective=False, tail=False),
+    SavedTensor("rotated query and key, and value, in joint order", 3, 0, selective=True, tail=False),
     SavedTensor("attention output in joint order", 1, 0, selective=False, tail=False),
-    SavedTensor("input of the output projection", 1, 0, selective=False, tail=True),
+    SavedTensor("input of the output projection", 1, 0, selective=True, tail=True),
     SavedTensor("output projection, for the gate", 1, 0, selective=False, tail=True),
-    SavedTensor("middle residual", 1, 0, selective=False, tail=True),
+    SavedTensor("middle residual", 1, 0, selective=True, tail=True),
     SavedTensor("normed and modulated input of the MLP", 1, 0, selective=True, tail=True),
     SavedTensor("both MLP halves", 0, 2, selective=False, tail=True),
     SavedTensor("SwiGLU product", 0, 1, selective=True, tail=True),
@@ -256,8 +256,8 @@ def activation_bytes(
         image_tokens: n, as in :func:`operation_flops`.
         text_tokens: l, likewise.
         dtype_bytes: bytes of one activation: 2 for bfloat16.
-        recompute: ``"none"``; ``"selective"``, norm outputs and SwiGLU products again; ``"full"``, all but each
-            block's input.
+        recompute: ``"none"``; ``"selective"``, all but results of matrix products and attention again; ``"full"``, all
+            but each block's input.
 
     Returns:
         Bytes, in the form of the token counts.

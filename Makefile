@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.plan_resume
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.filters
+	$(BIN)/python -m benchmarks.train_step
 
 peers: setup
 	$(BIN)/python -m venv .venv-peers

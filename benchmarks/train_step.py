@@ -1,14 +1,14 @@
 """Time, utilisation and memory of one training step of the Lens transformer: forward and backward, no optimizer.
 
-``python -m benchmarks.train_step`` (about 4 minutes on two cores; on a GPU set ``PYTORCH_ALLOC_CONF=expandable_segments:True``,
+``python -m benchmarks.train_step`` (about 3 minutes on two cores; on a GPU set ``PYTORCH_ALLOC_CONF=expandable_segments:True``,
 so that contestants of different sizes share the card without fragments). ``--out FILE`` keeps the JSON line.
 
 On CUDA: the released 48 blocks in bfloat16 at 1024^2, at 512^2 and on a packed mixture of the 27 buckets, eager and with
-``compile_blocks()``. On the CPU the same code with few, narrow blocks, float32 and a quarter of each side. Per cell: seconds over the
-floor (all linears of the model at the same shapes and torch's attention, forward and backward, nothing else), model
-FLOP/s and their share of the device's peak, and seconds over diffusers' Flux of equal FLOPs per token, which takes
-samples of one size only. Then bytes kept per token by recomputation mode, the largest batch that fits (CUDA), attention
-backends on the mixture's lengths, and the kernels of a step (CUDA). Goal: no cell above 1.3 times the floor.
+``compile_blocks()``. On the CPU the same code with few, narrow blocks, float32 and a quarter of each side. Per cell:
+seconds over the floor (all linears of the model at the same shapes and torch's attention, forward and backward, nothing
+else), model FLOP/s and their share of the device's peak, and seconds over diffusers' Flux of equal FLOPs per token, which
+takes samples of one size only. Then bytes kept per token by recomputation mode, the largest batch that fits (CUDA),
+attention backends on the mixture's lengths, and the kernels of a step (CUDA). Goal: no cell above 1.3 times the floor.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import interleaved, report
 from benchmarks.train_step_parts import (
@@ -35,10 +36,9 @@ from benchmarks.train_step_parts import (
     make_ours,
     make_peer,
     our_step,
-    peak_flops,
     peer_step,
-    profile_step,
     release,
+    summarise_kernels,
     usable,
 )
 from lensmini.cost import train_flops
@@ -48,6 +48,8 @@ from lensmini.packed import Layout
 
 GOAL, TOKEN_SIDE = 1.3, 16
 PEER = "diffusers FluxTransformer2DModel, double-stream blocks only"
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+"""Dense bfloat16 FLOP/s of the SXM cards, by what their names contain."""
 PROBE = ((32, 32), 200)
 """Grid and text of the images that the search for the largest batch packs."""
 
@@ -68,16 +70,12 @@ class Setting:
     """True if this is not the released model at its own sizes."""
     rounds: int = 5
     """Timed calls of each contestant."""
-    modes: tuple[str, ...] = ("eager", "compiled")
-    """Of the blocks."""
     compile_options: Mapping[str, object] = field(default_factory=dict)
     """Passed on to ``torch.compile``, for ours and the peer."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
-        if not self.modes or set(self.modes) - {"eager", "compiled"} or self.modes[-1:] == ("eager",) != self.modes:
-            raise ValueError(f"modes: expected eager, compiled or both in this order, got {self.modes}")
 
 
 def uniform(grid: int, text: int, images: int) -> tuple[str, tuple[list[tuple[int, int]], list[int]]]:
@@ -92,12 +90,12 @@ def mixture(step: int, shrink: int) -> tuple[list[tuple[int, int]], list[int]]:
     return grids, [(150 + 37 * index % 107) // shrink for index in range(len(grids))]
 
 
-def setting_for(device: str, rounds: int | None = None) -> Setting:
+def setting_for(device: str, rounds: int = 5) -> Setting:
     """The released model on CUDA; on the CPU, what two cores do in minutes.
 
     Args:
         device: ``"auto"``, ``"cuda"`` or ``"cpu"``.
-        rounds: timed calls; 5 on CUDA and 3 on the CPU by default.
+        rounds: timed calls.
 
     Raises:
         ValueError: if the device is unknown or not there.
@@ -113,7 +111,7 @@ def setting_for(device: str, rounds: int | None = None) -> Setting:
             device=torch.device("cpu"),
             dtype=torch.float32,
             reduced=True,
-            rounds=3 if rounds is None else rounds,
+            rounds=rounds,
         )
     return Setting(
         config=LensConfig(),
@@ -121,8 +119,13 @@ def setting_for(device: str, rounds: int | None = None) -> Setting:
         device=torch.device("cuda"),
         dtype=torch.bfloat16,
         reduced=False,
-        rounds=5 if rounds is None else rounds,
+        rounds=rounds,
     )
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak of a device by its name, or None if the table lacks it (the slower PCIe cards are not in it)."""
+    return None if "PCIe" in name else next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def batch_flops(config: LensConfig, layout: Layout) -> int:
@@ -146,7 +149,7 @@ def time_cell(
     """Time one case in the models' present mode: the cell's numbers, and who did not fit with the reason.
 
     Raises:
-        RuntimeError: if our own step or the floor does not fit.
+        MemoryError: if our own step or the floor does not fit.
     """
     layout = batch.layout
     calls: dict[str, Call] = {
@@ -157,7 +160,7 @@ def time_cell(
         calls["peer"] = peer_step(peer, batch)
     calls, left_out = usable(calls)
     if not calls.keys() >= {"ours", "floor"}:
-        raise RuntimeError(f"{batch.num_tokens} packed tokens do not fit on {setting.device}: {left_out}")
+        raise MemoryError(f"{len(batch.layout.joint_order)} packed tokens do not fit on {setting.device}: {left_out}")
     seconds = interleaved(calls, rounds=setting.rounds, warmup=1)
     rate = batch_flops(setting.config, layout) / seconds["ours"]
     peak = peak_flops(torch.cuda.get_device_name()) if setting.device.type == "cuda" else None
@@ -196,6 +199,22 @@ def time_attention(setting: Setting, layout: Layout) -> dict[str, object]:
     return {"lengths": layout.joint_lengths, "backends": rows, "unavailable": reasons}
 
 
+def profile_step(call: Call, device: torch.device) -> dict[str, object]:
+    """Kernels of one call (operators on the CPU), by torch's profiler."""
+    cuda = device.type == "cuda"
+    call()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    rows = []
+    for event in profiler.key_averages():
+        if event.device_type.name == ("CUDA" if cuda else "CPU") and not getattr(event, "is_user_annotation", False):
+            time = event.self_device_time_total if cuda else event.self_cpu_time_total  # microseconds
+            rows.append((event.key, time / 1e6, event.count))
+    return summarise_kernels(rows)
+
+
 def versions() -> dict[str, str]:
     """Versions of what was measured."""
     found = {}
@@ -206,11 +225,7 @@ def versions() -> dict[str, str]:
 
 
 def measure(setting: Setting) -> dict[str, object]:
-    """Measure everything and print the table: the details of the result line.
-
-    Raises:
-        RuntimeError: if a case does not fit.
-    """
+    """Measure everything and print the table: the details of the result line."""
     torch.manual_seed(0)
     start, cuda = time.perf_counter(), setting.device.type == "cuda"
     config = setting.config
@@ -231,16 +246,20 @@ def measure(setting: Setting) -> dict[str, object]:
     left_out = {} if no_peer is None else {"all": {"peer": no_peer}}
     kernels = {}
     print(f"{'case':12s}{'mode':10s}{'tokens':>8s}{'ms':>10s}{'floor':>8s}{'peer':>8s}{'TFLOP/s':>9s}{'MFU':>7s}")
-    for mode in setting.modes:
+    for mode in ("eager", "compiled"):
         if mode == "compiled":
             compile_both(setting, model, peer)
         for name, batch in batches.items():
-            cell, reasons = time_cell(setting, model, peer, batch)
+            try:
+                cell, reasons = time_cell(setting, model, peer, batch)
+            except MemoryError as error:
+                left_out[f"{name}, {mode}"] = {"ours": str(error)}
+                print(f"{name:12s}{mode:10s}{error}")
+                continue
             cells[f"{name}, {mode}"] = cell
-            if reasons:
-                left_out[f"{name}, {mode}"] = reasons
-            print(table_row(name, mode, batch.num_tokens, cell), flush=True)
-        if cuda:
+            left_out |= {f"{name}, {mode}": reasons} if reasons else {}
+            print(table_row(name, mode, len(batch.layout.joint_order), cell), flush=True)
+        if cuda and f"{last}, {mode}" in cells:
             kernels[mode] = profile_step(our_step(model, batches[last]), setting.device)
             kernels[mode]["idle_seconds"] = max(0.0, cells[f"{last}, {mode}"]["seconds"] - kernels[mode]["seconds"])
             print(f"{last}, {mode}: largest gap {kernels[mode]['largest_gap']}")
@@ -252,7 +271,8 @@ def measure(setting: Setting) -> dict[str, object]:
     for name, reason in attention["unavailable"].items():  # pyright: ignore
         print(f"attention, {last}, {name:14s} unavailable: {reason}")
     for mode, row in activations.items():
-        print(f"activations, {mode:10s}{row['measured']:9,d} bytes per token after the forward, cost {row['cost']:,d}")
+        held = "does not fit" if row["measured"] is None else f"{row['measured']:,d} bytes per token after the forward"
+        print(f"activations, {mode:10s}{held}, {row['cost']:,d} by cost at the start of the backward")
     batch_sizes = {
         name: {"images": l.batch_size, "image_tokens": l.num_image_tokens, "text_tokens": l.num_text_tokens}
         for name, l in layouts.items()
@@ -285,8 +305,8 @@ def table_row(name: str, mode: str, tokens: int, cell: Mapping[str, float | None
 
 
 def result_line(details: Mapping[str, object], out: Path | None = None) -> None:
-    """Print the result line, and keep it in a file."""
-    worst = max(cell["over_floor"] for cell in details["cells"].values())  # pyright: ignore
+    """Print the result line, and keep it in a file; nothing holds if nothing fitted."""
+    worst = max((cell["over_floor"] for cell in details["cells"].values()), default=float("inf"))  # pyright: ignore
     line = io.StringIO()
     with contextlib.redirect_stdout(line):
         report("train_step", ratio=worst, goal=GOAL, better="lower", holds=worst <= GOAL, details=details)
@@ -299,7 +319,7 @@ def main() -> None:
     """Read the options, measure, and print table and result line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--rounds", type=int, help="timed calls of each contestant")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each contestant")
     parser.add_argument("--out", type=Path, help="also write the JSON line to this file")
     options = parser.parse_args()
     try:

@@ -10,10 +10,8 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lensmini.cost import SINUSOID_DIM, activation_bytes
@@ -25,8 +23,6 @@ from lensmini.parallel.recompute import Recompute, recompute_blocks
 Call = Callable[[], object]
 Part = tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-"""Dense bfloat16 FLOP/s of the SXM cards, by what their names contain."""
 POOLED_DIM = 768
 MAX_TOKENS = 200_000
 """Where the search for the largest batch ends: at the released width, indices of more elements pass 2^31."""
@@ -35,25 +31,12 @@ RECOMPUTE_MODES: tuple[Recompute, ...] = get_args(Recompute)
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Inputs of one step of both models."""
+    """Inputs of one step of both models: ``[N, c]``, ``[b]`` float32, ``[M, k, e]`` and where they stand."""
 
     image_tokens: Tensor
-    """``[N, c]``."""
     t: Tensor
-    """``[b]`` float32."""
     text_tokens: Tensor
-    """``[M, k, e]``."""
     layout: Layout
-
-    @property
-    def num_tokens(self) -> int:
-        """Image and text tokens."""
-        return self.layout.num_image_tokens + self.layout.num_text_tokens
-
-
-def peak_flops(name: str) -> float | None:
-    """Peak of a device by its name, or None if the table lacks it (the slower PCIe cards are not in it)."""
-    return None if "PCIe" in name else next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def make_batch(config: LensConfig, layout: Layout, dtype: torch.dtype) -> Batch:
@@ -75,7 +58,7 @@ def make_ours(config: LensConfig, dtype: torch.dtype, device: torch.device) -> L
 
 def our_step(model: LensTransformer, batch: Batch, *, keep_grads: bool = False) -> Call:
     """Forward and backward to all parameters; gradients are made anew unless kept."""
-    grad = torch.randn_like(batch.image_tokens[:, :1]).expand(-1, model.config.output_dim).contiguous()
+    grad = batch.image_tokens.new_empty(len(batch.image_tokens), model.config.output_dim).normal_()
 
     def run() -> None:
         model.zero_grad(set_to_none=not keep_grads)
@@ -93,7 +76,7 @@ def make_peer(config: LensConfig, dtype: torch.dtype, device: torch.device) -> n
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     with device:
-        return FluxTransformer2DModel(
+        peer = FluxTransformer2DModel(
             patch_size=1,
             in_channels=config.in_channels,
             out_channels=config.output_dim,
@@ -104,7 +87,8 @@ def make_peer(config: LensConfig, dtype: torch.dtype, device: torch.device) -> n
             joint_attention_dim=config.num_text_layers * config.enc_hidden_dim,
             pooled_projection_dim=POOLED_DIM,
             axes_dims_rope=config.axes_dims_rope,
-        ).to(dtype)
+        )
+    return nn.Module.to(peer, dtype)
 
 
 def peer_step(peer: nn.Module, batch: Batch) -> Call:
@@ -139,44 +123,35 @@ def peer_step(peer: nn.Module, batch: Batch) -> Call:
     return run
 
 
-def linear_shapes(config: LensConfig, layout: Layout) -> tuple[list[tuple[int, int, int]], ...]:
-    """Rows, inputs and outputs of each linear: of a block, of the last block (no text tail), and outside of the blocks."""
-    d, mlp, b = config.inner_dim, config.mlp_dim, layout.batch_size
-    tail = [(d, d), (d, mlp), (d, mlp), (mlp, d)]
-    images, texts = layout.num_image_tokens, layout.num_text_tokens
-    last = [(b, d, 6 * d)] * 2 + [(images, d, 3 * d), (texts, d, 3 * d)] + [(images, i, o) for i, o in tail]
-    ends = [
-        (b, SINUSOID_DIM, d),
-        (b, d, d),
-        (images, config.in_channels, d),
-        (texts, config.num_text_layers * config.enc_hidden_dim, d),
-        (b, d, 2 * d),
-        (images, d, config.output_dim),
-    ]
-    return [*last, *((texts, i, o) for i, o in tail)], last, ends
-
-
 def floor_step(config: LensConfig, layout: Layout, dtype: torch.dtype, *, backward: bool = True) -> Call:
-    """Only the model's linears, and torch's attention, each on a contiguous input of its own, nothing between them.
+    """Only the model's linears and torch's attention, each on contiguous inputs of its own, nothing between them.
 
-    The blocks share one block's tensors, because 48 blocks' would not fit: that can only lower the floor.
+    The blocks share one block's tensors, because those of 48 blocks would not fit: that can only lower the floor.
+    Attention is torch's varlen kernel where lengths differ on CUDA, else one SDPA per run of equal lengths.
     """
+    d, mlp, b, lengths = config.inner_dim, config.mlp_dim, layout.batch_size, layout.joint_lengths
+    images, texts, heads = layout.num_image_tokens, layout.num_text_tokens, config.num_attention_heads
     new = partial(torch.randn, dtype=dtype, device=layout.grids.device)
-    made: dict[tuple[int, int, int, int], Part] = {}
 
-    def parts(shapes: Sequence[tuple[int, int, int]]) -> list[Part]:
-        result = []
-        for place, (rows, inputs, outputs) in enumerate(shapes):
-            key = (place, rows, inputs, outputs)
-            if key not in made:
-                x, weight = new(rows, inputs), new(outputs, inputs)
-                made[key] = F.linear, (x.requires_grad_(backward), weight.requires_grad_(backward)), new(rows, outputs)
-            result.append(made[key])
-        return result
+    def part(function: Callable[..., Tensor], result: tuple[int, ...], *inputs: tuple[int, ...]) -> Part:
+        return function, tuple(new(size).requires_grad_(backward) for size in inputs), new(result)
 
-    block, last, ends = linear_shapes(config, layout)
-    attention = _attention_parts(config, layout, new, backward=backward)
-    sequence = parts(ends) + (config.num_layers - 1) * (parts(block) + attention) + parts(last) + attention
+    def linears(*sizes: tuple[int, int, int]) -> list[Part]:
+        return [part(F.linear, (rows, o), (rows, i), (o, i)) for rows, i, o in sizes]
+
+    tails = [linears((n, d, d), (n, d, mlp), (n, d, mlp), (n, mlp, d)) for n in (images, texts)]
+    if layout.grids.is_cuda and len(set(lengths)) > 1:
+        varlen = partial(packed_attention, offsets=layout.joint_offsets, lengths=lengths, backend="varlen")
+        attention = [part(varlen, *[(sum(lengths), heads, d // heads)] * 4)]
+    else:
+        shapes = [(run.count, heads, run.length, d // heads) for run in equal_runs(lengths)]
+        attention = [part(F.scaled_dot_product_attention, *[shape] * 4) for shape in shapes]
+    # Nothing reads the last block's text: it has no tail there.
+    last = [*linears((b, d, 6 * d), (b, d, 6 * d), (images, d, 3 * d), (texts, d, 3 * d)), *attention, *tails[0]]
+    inside = (config.num_layers - 1) * [*last, *tails[1]] + last
+    text_dim = config.num_text_layers * config.enc_hidden_dim
+    before = linears((b, SINUSOID_DIM, d), (b, d, d), (images, config.in_channels, d), (texts, text_dim, d))
+    sequence = [*before, *inside, *linears((b, d, 2 * d), (images, d, config.output_dim))]
 
     def run() -> None:
         for function, inputs, grad in sequence:
@@ -187,23 +162,10 @@ def floor_step(config: LensConfig, layout: Layout, dtype: torch.dtype, *, backwa
     return run
 
 
-def _attention_parts(config: LensConfig, layout: Layout, new: Callable[..., Tensor], *, backward: bool) -> list[Part]:
-    """Torch's attention: its varlen kernel where lengths differ on CUDA, else a call per run of equal lengths."""
-    heads, width, lengths = config.num_attention_heads, config.attention_head_dim, layout.joint_lengths
-    if layout.grids.is_cuda and len(set(lengths)) > 1:
-        function = partial(packed_attention, offsets=layout.joint_offsets, lengths=lengths, backend="varlen")
-        shapes = [(sum(lengths), heads, width)]
-    else:
-        function = F.scaled_dot_product_attention
-        shapes = [(run.count, heads, run.length, width) for run in equal_runs(lengths)]
-    return [(function, tuple(new(s).requires_grad_(backward) for _ in range(3)), new(s)) for s in shapes]
-
-
 def attention_calls(config: LensConfig, layout: Layout, dtype: torch.dtype) -> dict[str, Call]:
-    """Forward and backward of every attention backend on the layout's joint lengths; what cannot run raises.
+    """Forward and backward of attention on the layout's joint lengths by every backend; what cannot run raises.
 
-    Ours by their names (without "math", which is there to be differentiated), and a loop over torch's SDPA held to its
-    flash and to its cuDNN kernels.
+    Ours by name (without "math", which is no contestant), and a loop over torch's SDPA with its flash or cuDNN kernel.
     """
     lengths, device = layout.joint_lengths, layout.grids.device
     shape = (sum(lengths), config.num_attention_heads, config.attention_head_dim)
@@ -220,9 +182,8 @@ def attention_calls(config: LensConfig, layout: Layout, dtype: torch.dtype) -> d
         with sdpa_kernel(kernel):
             pieces = []
             for run in equal_runs(lengths):
-                q, k, v = (
-                    x[run.rows].unflatten(0, (run.count, run.length)).transpose(1, 2) for x in (query, key, value)
-                )
+                size = (run.count, run.length)
+                q, k, v = (x[run.rows].unflatten(0, size).transpose(1, 2) for x in (query, key, value))
                 pieces.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
             torch.autograd.grad(torch.cat(pieces), (query, key, value), grad)
 
@@ -255,58 +216,59 @@ def release() -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made and somebody still holds."""
+    """Storages that operations made, with their bytes; views of tensors from outside are not made here."""
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Sequence[Tensor]) -> None:
         super().__init__()
         self.made: dict[StorageWeakRef, int] = {}
+        self.outside = {StorageWeakRef(tensor.untyped_storage()) for tensor in outside}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self.made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+                storage = tensor.untyped_storage()
+                self.made[StorageWeakRef(storage)] = storage.nbytes()
         return result
 
-    def held(self) -> int:
-        return sum(size for storage, size in self.made.items() if not storage.expired())
 
-
-def held_bytes(forward: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a forward leaves behind for the backward, its result included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated(device)
+def held_bytes(forward: Callable[[], object], outside: Sequence[Tensor]) -> int:
+    """Bytes that a forward leaves behind, its result included, without the tensors ``outside`` that were there before."""
+    if outside[0].is_cuda:
+        before = torch.cuda.memory_allocated()
         result = forward()
-        held = torch.cuda.memory_allocated(device) - before
+        held = torch.cuda.memory_allocated() - before
     else:
-        with _LiveBytes() as live:
+        with _LiveBytes(outside) as live:
             result = forward()
-            held = live.held()
+            alive = [storage for storage in live.made if not storage.expired()]
+            held = sum(live.made[storage] for storage in alive if storage not in live.outside)
     del result
     return held
 
 
-def activations_per_token(model: LensTransformer, batch: Batch) -> dict[str, dict[str, float]]:
-    """Bytes per token by recomputation mode: held after an eager forward, and what ``cost.activation_bytes`` says.
+def activations_per_token(model: LensTransformer, batch: Batch) -> dict[str, dict[str, int | None]]:
+    """Bytes per token by recomputation mode: held after an eager forward (None if the step does not fit), and by ``cost``.
 
-    The latter is for the start of the backward, where one block at a time has the rest again.
+    What ``cost.activation_bytes`` says is for the start of the backward, where one block has all of its own again.
     """
-    rows, layout = {}, batch.layout
+    rows, layout, num_tokens = {}, batch.layout, len(batch.layout.joint_order)
     for mode in RECOMPUTE_MODES:
         recompute_blocks(model.transformer_blocks, mode)
-        our_step(model, batch)()
+        ran, _ = usable({"step": our_step(model, batch)})
         model.zero_grad(set_to_none=True)
 
         def forward() -> object:
             return model.forward_packed(batch.image_tokens, batch.t, batch.text_tokens, batch.layout)
 
-        held = held_bytes(forward, batch.image_tokens.device)
+        outside = [batch.image_tokens, batch.t, batch.text_tokens, *model.parameters()]
+        outside += [x for x in vars(layout).values() if isinstance(x, Tensor)]
+        held = round(held_bytes(forward, outside) / num_tokens) if ran else None
         undo_recompute(model)
         size = batch.image_tokens.element_size()
         counts = zip(layout.image_lengths, layout.text_lengths, strict=True)
         said = sum(activation_bytes(model.config, n, l, dtype_bytes=size, recompute=mode) for n, l in counts)
-        rows[mode] = {"measured": round(held / batch.num_tokens), "cost": round(said / batch.num_tokens)}
+        rows[mode] = {"measured": held, "cost": round(said / num_tokens)}
     return rows
 
 
@@ -328,8 +290,10 @@ def largest_fit(fits: Callable[[int], bool], *, guess: int, cap: int) -> int:
             return low
         if high is None:
             count = min(cap, max(low + 1, low * 5 // 4))
+        elif low:
+            count = (low + high) // 2
         else:
-            count = (low + high) // 2 if low else high * 4 // 5
+            count = high * 4 // 5
 
 
 def largest_batches(model: LensTransformer, grid: tuple[int, int], text: int) -> dict[str, dict[str, object]]:
@@ -369,12 +333,7 @@ def kernel_group(name: str) -> str:
 
 
 def summarise_kernels(kernels: Sequence[tuple[str, float, int]], top: int = 12) -> dict[str, object]:
-    """Longest kernels, time by group, and the largest gap: the first group that is neither matmul nor attention.
-
-    Args:
-        kernels: name, seconds and calls of each.
-        top: how many kernels to keep.
-    """
+    """Of (name, seconds, calls): the longest, time by group, and the largest group that is neither matmul nor attention."""
     groups: dict[str, float] = {}
     for name, seconds, _ in kernels:
         groups[kernel_group(name)] = groups.get(kernel_group(name), 0.0) + seconds
@@ -387,20 +346,3 @@ def summarise_kernels(kernels: Sequence[tuple[str, float, int]], top: int = 12) 
         "largest_gap": {"group": rest[0], "seconds": groups[rest[0]]} if rest else None,
         "top": [{"name": name[:160], "seconds": seconds, "calls": calls} for name, seconds, calls in longest],
     }
-
-
-def profile_step(call: Call, device: torch.device) -> dict[str, object]:
-    """Kernels of one call (operators on the CPU), by torch's profiler."""
-    cuda = device.type == "cuda"
-    call()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-    rows = []
-    for event in profiler.key_averages():
-        kind = DeviceType.CUDA if cuda else DeviceType.CPU
-        if event.device_type == kind and not getattr(event, "is_user_annotation", False):
-            time = event.self_device_time_total if cuda else event.self_cpu_time_total  # microseconds
-            rows.append((event.key, time / 1e6, event.count))
-    return summarise_kernels(rows)

@@ -52,8 +52,6 @@ class StageConfig:
     """How often each base is drawn; empty: equally often (the paper does not state it)."""
     aspects: Literal["square", "all"] = "square"
     """Squares only, or the nine buckets of each base, equally often."""
-    micro_steps: int = 1
-    """Micro-batches of a GPU before the optimiser's step."""
     images: int = 1_000_000
     """Images of the whole stage, repeats included."""
 
@@ -64,14 +62,11 @@ class StageConfig:
             raise ValueError(
                 f"stages.images_per_gpu: expected {len(self.bases)} numbers of at least 1, got {list(self.images_per_gpu)}"
             )
-        for share in self.shares:
-            if not 0 <= share < float("inf"):
-                raise ValueError(f"stages.shares: expected finite numbers, none negative, got {list(self.shares)}")
-        if self.shares and (len(self.shares) != len(self.bases) or not sum(self.shares)):
-            raise ValueError(f"stages.shares: expected one for each base, got {list(self.shares)}")
-        for name in ("micro_steps", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"stages.{name}: expected at least 1, got {getattr(self, name)}")
+        good = all(0 <= share < float("inf") for share in self.shares) and any(self.shares)
+        if self.shares and (len(self.shares) != len(self.bases) or not good):
+            raise ValueError(f"stages.shares: expected {len(self.bases)} finite shares, got {list(self.shares)}")
+        if self.images < 1:
+            raise ValueError(f"stages.images: expected at least 1, got {self.images}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +77,8 @@ class TrainConfig:
     """A copy on every GPU (ddp), one copy over all GPUs (fsdp), or one in every node (hsdp)."""
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again; auto is the least that fits."""
+    micro_steps: int = 1
+    """Micro-batches of a GPU before the optimiser's step."""
     lora_rank: int = 0
     """Rank of adapters on every qkv, attention-output and MLP linear, the model frozen in bfloat16; 0 trains the model."""
     average: bool = True
@@ -94,9 +91,9 @@ class TrainConfig:
     """Pictures that are encoded once, if precomputed; 0: their features are there already."""
 
     def __post_init__(self) -> None:
-        for name in ("lora_rank", "text_tokens", "distinct_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name}: expected at least 0, got {getattr(self, name)}")
+        for name, least in (("micro_steps", 1), ("lora_rank", 0), ("text_tokens", 0), ("distinct_images", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.{name}: expected at least {least}, got {getattr(self, name)}")
         if self.distinct_images and self.encoders == "online":
             raise ValueError(f"train.distinct_images: only for precomputed encoders, got {self.distinct_images}")
 
@@ -198,7 +195,7 @@ def parameter_parts(model: ModelSize) -> dict[str, int]:
 
     Example:
         >>> f"{parameter_parts(LensConfig())['modulation']:,}"
-        '1,359,396,864'
+        '1,359,839,232'
     """
     d, streams, text = model.inner_dim, 2 * model.num_layers, model.num_text_layers * model.enc_hidden_dim
     return {
@@ -235,6 +232,12 @@ def adapter_parameters(model: ModelSize, rank: int) -> int:
     return 2 * model.num_layers * rank * (9 * model.inner_dim + 3 * model.mlp_dim)
 
 
+def adapter_flops(model: ModelSize, n: int, l: int, rank: int) -> int:
+    """FLOPs of all adapters in one forward; the last block skips its text tail."""
+    d, tokens = model.inner_dim, model.num_layers * (n + l)
+    return 2 * rank * (4 * d * tokens + (5 * d + 3 * model.mlp_dim) * (tokens - l))
+
+
 def image_flops(config: EstimateConfig, n: int, recompute: str = "none") -> float:
     """FLOPs of training on one image without the encoders: three forwards, four with full recomputation.
 
@@ -244,9 +247,8 @@ def image_flops(config: EstimateConfig, n: int, recompute: str = "none") -> floa
     model, l, rank = config.model, config.train.text_tokens, config.train.lora_rank
     if not rank:
         return float(train_flops(model, n, l, recompute=recompute))  # pyright: ignore[reportArgumentType]
-    operations, tokens = operation_flops(model, n, l), model.num_layers * (n + l)
-    d, times = model.inner_dim, {"attention": 3, "qkv": 2, "attention_out": 2, "mlp": 2, "output": 2}
-    adapters = 2 * rank * (4 * d * tokens + (5 * d + 3 * model.mlp_dim) * (tokens - l))
+    operations, adapters = operation_flops(model, n, l), adapter_flops(model, n, l, rank)
+    times = {"attention": 3, "qkv": 2, "attention_out": 2, "mlp": 2, "output": 2}
     again = adapters + sum(operations.values()) if recompute == "full" else 0
     return float(sum(times.get(name, 1) * flops for name, flops in operations.items()) + 3 * adapters + again)
 

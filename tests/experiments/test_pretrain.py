@@ -369,6 +369,7 @@ def test_ten_kills_of_ranks_leave_no_trace(root: Path, whole_sharded: Path) -> N
     assert sharded_contents(out) == sharded_contents(whole_sharded)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_run(root: Path, whole_sharded: Path) -> None:
     """Other engines, other numbers of ranks: the same losses up to the order of sums."""
     rows = {}

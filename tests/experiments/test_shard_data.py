@@ -157,6 +157,7 @@ def test_settings_that_do_not_go_together_are_errors(change: dict[str, object], 
         replace(ShardsConfig(mode="packed"), **change)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_saves_goes_on_and_is_read_by_everyone(
     data: ShardsConfig,
     released_folder: Path,  # noqa: F811

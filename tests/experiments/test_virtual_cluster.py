@@ -31,6 +31,7 @@ def test_shards_and_collectives_are_those_of_the_formula(ranks: int, shard: int,
     assert whole / shard <= found["elements_held"] < whole / shard * 1.3 + 200 * 64
 
 
+@pytest.mark.slow
 def test_the_papers_blocks_are_built_sharded_and_stepped_on_128_ranks() -> None:
     found = rehearse(ClusterRun(blocks=1), 8)
     assert found["counts"] == {"all-gather": 4, "reduce-scatter": 2, "all-reduce": 2}

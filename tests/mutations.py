@@ -422,53 +422,53 @@ MUTATIONS = [
     # Sampling
     Mutation(
         "shift does not depend on the steps",
-        "sampling.py",
+        "sampling/grids.py",
         "return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)",
         "return at_200",
         (RUN,),
     ),
     Mutation(
         "shift bends at 4096 tokens",
-        "sampling.py",
+        "sampling/grids.py",
         "num_tokens > 4300",
         "num_tokens > 4000",
         (SAMPLING + " -k released_schedule",),
     ),
     Mutation(
-        "grid shifted to the clean side", "sampling.py", "scale = shifts.exp()", "scale = (-shifts).exp()", (RUN,)
+        "grid shifted to the clean side", "sampling/grids.py", "scale = shifts.exp()", "scale = (-shifts).exp()", (RUN,)
     ),
     Mutation(
         "guidance swaps its halves",
-        "sampling.py",
+        "sampling/guidance.py",
         "without + scale * (wanted - without)",
         "wanted + scale * (without - wanted)",
         (RUN,),
     ),
-    Mutation("guidance without rescaling", "sampling.py", "if rescale:", "if not rescale:", (RUN,)),
+    Mutation("guidance without rescaling", "sampling/guidance.py", "if rescale:", "if not rescale:", (RUN,)),
     Mutation(
         "guidance takes the unconditional norm",
-        "sampling.py",
+        "sampling/guidance.py",
         "torch.linalg.vector_norm(wanted, dim=channel_dim",
         "torch.linalg.vector_norm(without, dim=channel_dim",
         (RUN,),
     ),
     Mutation(
         "Euler steps backwards",
-        "sampling.py",
+        "sampling/ode.py",
         "return (noisy + (there - here) * velocity).to(noisy.dtype)",
         "return (noisy - (there - here) * velocity).to(noisy.dtype)",
         (RUN,),
     ),
     Mutation(
         "Heun takes the second velocity alone",
-        "sampling.py",
+        "sampling/ode.py",
         "(first.to(dtype) + second.to(dtype)) / 2",
         "second.to(dtype)",
         (SAMPLING + " -k trapezoidal",),
     ),
     Mutation(
         "dpm2 corrects the other way",
-        "sampling.py",
+        "sampling/ode.py",
         "weight = (1 - there / here) * ratio / 2",
         "weight = (there / here - 1) * ratio / 2",
         (SAMPLING + " -k papers_multistep",),

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "lensmini").rglob("*.py"))
 SIBLINGS = {"nn", "objectives", "data", "rewards", "prompting", "sampling"}
-SHARED = {"shapes", "segments", "packed", "paths", "averaging", "cost", "endpoint"}
+SHARED = {"shapes", "segments", "packed", "paths", "averaging", "cost", "endpoint", "reduction"}
 NEVER = {"experiments", "benchmarks", "tests", "tyro", "tqdm", "rich", "wandb", "tensorboard", "loguru"}
 EXTRAS = {
     "xformers": "xformers",

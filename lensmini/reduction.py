@@ -1,0 +1,168 @@
+"""From one value per element to one per sample, with masks that keep what they hide out of values and gradients.
+
+Axes: b samples, N image tokens of a packed batch, c channels.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lensmini.packed import Layout
+from lensmini.segments import segment_sum
+from lensmini.shapes import check_shape
+
+__all__ = ["Reduction", "element_mask", "hide", "holds", "per_sample", "reduce_samples"]
+
+Reduction = Literal["sum", "mean"]
+"""Over the elements of one sample."""
+
+
+def element_mask(mask: Tensor | None, like: Tensor, *, layout: Layout | None = None) -> Tensor | None:
+    """A mask of samples, of positions or of elements as one that broadcasts over ``like``.
+
+    Args:
+        mask: bool, true where the value counts: ``[b]`` for whole samples, the leading axes of ``like``, or as many
+            axes as ``like`` with size 1 where it repeats (``[b, 1, h, w]``); packed also ``[b]``. None for no mask.
+        like: ``[b, ...]``, or ``[N, ...]`` with ``layout``.
+        layout: the layout of packed tensors.
+
+    Returns:
+        A bool tensor with as many axes as ``like``, or None.
+
+    Raises:
+        ValueError: if the mask is not bool or has another shape.
+
+    Example:
+        >>> element_mask(torch.tensor([True, False]), torch.zeros(2, 4, 8, 8)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool (true = counts), got {mask.dtype}")
+    if layout is not None and mask.ndim == 1 and mask.shape[0] == layout.image_offsets.shape[0] - 1:
+        mask = layout.expand(mask)
+    shape = tuple(mask.shape)
+    if shape == tuple(like.shape[: mask.ndim]) and shape:
+        return mask.reshape(shape + (1,) * (like.ndim - mask.ndim))
+    same_rows = mask.ndim == like.ndim and shape[:1] == tuple(like.shape[:1])
+    if same_rows and all(a in (1, b) for a, b in zip(shape[1:], like.shape[1:], strict=True)):
+        return mask
+    raise ValueError(
+        f"mask: expected one per sample, leading axes of {list(like.shape)}, or that shape with ones, got {list(shape)}"
+    )
+
+
+def hide(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros in place of what the mask leaves out, before any arithmetic: NaN times a zero gradient would be NaN.
+
+    Args:
+        tensor: any shape.
+        mask: bool, broadcasting over ``tensor``; none returns ``tensor``.
+
+    Returns:
+        The shape and dtype of ``tensor``; no gradient flows into hidden elements.
+
+    Example:
+        >>> hide(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    return tensor if mask is None else torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype).to(tensor.device))
+
+
+def per_sample(name: str, value: Tensor, num: int, dtype: torch.dtype) -> Tensor:
+    """One number per sample in the dtype of the arithmetic.
+
+    Args:
+        name: argument name for the error message.
+        value: ``[b]``, floating point.
+        num: the number of samples b.
+        dtype: at least this wide.
+
+    Returns:
+        ``[b]``.
+
+    Raises:
+        ValueError: if the shape differs or the values are not floating point.
+
+    Example:
+        >>> per_sample("r", torch.ones(2, dtype=torch.bfloat16), 2, torch.float32)
+        tensor([1., 1.])
+    """
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected floating point, got {value.dtype}")
+    check_shape(name, value, "b", b=num)
+    return value.to(torch.promote_types(value.dtype, dtype))
+
+
+def reduce_samples(
+    values: Tensor, reduction: Reduction, *, mask: Tensor | None = None, layout: Layout | None = None
+) -> Tensor:
+    """Sum, or mean, of each sample's elements.
+
+    Each sample is reduced by itself, so that its bits do not depend on the rest of the batch. Hide masked elements
+    first (:func:`hide`): here the mask only says how many elements a mean is over.
+
+    Args:
+        values: ``[b, ...]``, or ``[N, ...]`` with ``layout``; float32 at least.
+        reduction: ``"sum"`` or ``"mean"``; a mean over no element is 0.
+        mask: as :func:`element_mask` returns it.
+        layout: the layout of packed tensors.
+
+    Returns:
+        ``[b]``.
+
+    Raises:
+        ValueError: if ``reduction`` is unknown or the number of tokens is not the layout's.
+
+    Example:
+        >>> reduce_samples(torch.tensor([[1.0, 3.0], [5.0, 0.0]]), "mean")
+        tensor([2.0000, 2.5000])
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    total = _sums(values, layout)
+    if reduction == "sum":
+        return total
+    if mask is not None:
+        return total / _sums(mask.expand(values.shape).to(values.dtype), layout).clamp_min(1)
+    inner = math.prod(values.shape[1:])
+    return total / (max(inner, 1) if layout is None else inner * layout.image_offsets.diff())
+
+
+def _sums(values: Tensor, layout: Layout | None) -> Tensor:
+    if layout is None:
+        check_shape("values", values, "b ...")
+        if torch.compiler.is_compiling():
+            return values.flatten(1).sum(1) if values.ndim > 1 else values
+        return torch.stack([row.sum() for row in values])
+    check_shape("values", values, "N ...", N=layout.image_samples.shape[0])
+    if torch.compiler.is_compiling():
+        rows = values.flatten(1).sum(1) if values.ndim > 1 else values
+        return segment_sum(rows[:, None], layout.image_samples, layout.image_offsets)[:, 0]
+    return torch.stack([piece.sum() for piece in values.split(layout.image_lengths)])
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition holds everywhere, or there is no value to look at: compiling, vmap, fake tensors.
+
+    Looking at a tensor on a device waits for the device; callers that must not wait ask about CPU tensors only.
+
+    Args:
+        condition: bool, any shape.
+
+    Returns:
+        True if no element is known to be false.
+
+    Example:
+        >>> holds(torch.tensor([True, False]))
+        False
+    """
+    if torch.compiler.is_compiling() or condition.device.type == "meta":
+        return True
+    try:
+        return bool(condition.all())
+    except RuntimeError:
+        return True

@@ -135,7 +135,7 @@ def reduce_samples(
 def _sums(values: Tensor, layout: Layout | None) -> Tensor:
     if layout is None:
         check_shape("values", values, "b ...")
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not len(values):
             return values.flatten(1).sum(1) if values.ndim > 1 else values
         return torch.stack([row.sum() for row in values])
     check_shape("values", values, "N ...", N=layout.image_samples.shape[0])

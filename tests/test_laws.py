@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lensmini
-from lensmini import averaging, packed, paths, sampling, segments
+from lensmini import averaging, packed, paths, reduction, sampling, segments
 from lensmini.data.assign import StepTotals
 from lensmini.data.buckets import Bucket
 from lensmini.data.collate import loss_weights
@@ -43,7 +43,7 @@ from lensmini.nn import (
     transformer,
 )
 from lensmini.nn.config import LensConfig
-from lensmini.objectives import flow_matching, times
+from lensmini.objectives import flow_matching, policy, times
 from lensmini.packed import Layout
 
 CHANNELS, TEXT_LAYERS, TEXT_DIM, HEADS, HEAD_DIM = 8, 2, 6, 2, 8
@@ -322,7 +322,118 @@ def lerped(inputs: Inputs, layout: Layout) -> Tensor:
     return target
 
 
+def policy_entries() -> list[Entry]:
+    """The objectives of reinforcement learning and the Gaussian steps they score, dense and packed."""
+    three = ["one", "two", "three"]
+    row = ["row"]
+    table: list[tuple[Callable[..., Any], list[str], list[str], Any, bool]] = [
+        (policy.nft_loss, three, row, lambda a, b, c, r, **o: policy.nft_loss(a, b, c, r, beta=0.5, **o), True),
+        (
+            policy.nft_loss,
+            three,
+            row,
+            lambda a, b, c, r, **o: policy.nft_loss(a, b, c, r, weight="self_normalised", t=r, **o),
+            True,
+        ),
+        (policy.matching_log_ratio, three, row, policy.matching_log_ratio, True),
+        (policy.velocity_gap, three[:2], [], policy.velocity_gap, True),
+        (policy.ram_target, three, row, policy.ram_target, False),
+        (sampling.gaussian_log_prob, three[:2], row, sampling.gaussian_log_prob, True),
+        (
+            sampling.gaussian_log_prob,
+            three[:2],
+            row,
+            lambda a, b, r, **o: sampling.gaussian_log_prob(a, b, r, "mean", **o),
+            True,
+        ),
+        (sampling.gaussian_kl, three[:2], row, sampling.gaussian_kl, True),
+    ]
+    entries = []
+    for index, (covers, fields, rows, function, reduces) in enumerate(table):
+        for form, shape, kind in (("dense", DENSE, "sample"), ("packed", PACKED, "image")):
+
+            def call(inputs: Inputs, layout: Layout, f: Any = function, form: str = form) -> Any:
+                return f(*inputs.values(), **({"layout": layout} if form == "packed" else {}))
+
+            inputs: Kinds = {**dict.fromkeys(fields, shape), **dict.fromkeys(rows, TIME)}
+            outputs = "sample" if reduces else kind
+            name = f"[{index}, {form}]"
+            entries.append(Entry(covers, plain(call), inputs, outputs, time_dtype, name, {"row": uniform}))
+    for kernel in ("ddim", "flow", "dance", "cps"):
+        for form, shape, kind in (("dense", DENSE, "sample"), ("packed", PACKED, "image")):
+
+            def step(inputs: Inputs, layout: Layout, kernel: Any = kernel, form: str = form) -> Any:
+                used = layout if form == "packed" else None
+                x, v, t = inputs["x"], inputs["v"], inputs["t"]
+                return tuple(sampling.sde_kernel(x, v, t, t / 2, 0.6, kernel, layout=used))
+
+            inputs = {"x": shape, "v": shape, "t": TIME}
+            name = f"[{kernel}, {form}]"
+            entries.append(Entry(sampling.sde_kernel, plain(step), inputs, (kind, kind), time_dtype, name, TIMES_LIKE))
+    for reduction_ in ("sum", "mean"):
+
+        def reduce(inputs: Inputs, layout: Layout, how: Any = reduction_) -> Tensor:
+            return reduction.reduce_samples(inputs["x"], how, layout=layout)
+
+        entries.append(Entry(reduction.reduce_samples, plain(reduce), {"x": PACKED}, "sample", name=f"[{reduction_}]"))
+    return entries
+
+
+def advantages(inputs: Inputs, layout: Layout) -> Tensor:
+    group = torch.tensor([4, 4, -1], device=inputs["rewards"].device)
+    return policy.group_advantages(inputs["rewards"], group, scale="group")
+
+
+def rolled(inputs: Inputs, layout: Layout) -> Tensor:
+    grid = torch.tensor([0.9, 0.5, 0.2])
+    noise = inputs["noise"]
+    model = lambda x, t: velocity(x, t, layout)  # noqa: E731
+    return sampling.sample_sde(model, noise, grid, lambda step: noise / 2, eta=0.5, kind="cps", layout=layout)[0]
+
+
 ENTRIES = [
+    *policy_entries(),
+    Entry(
+        policy.group_advantages,
+        plain(advantages),
+        {"rewards": TIME},
+        "shared",
+        time_dtype,
+    ),
+    Entry(policy.optimality, plain(lambda i, _: policy.optimality(i["a"])), {"a": TIME}, "sample", time_dtype),
+    Entry(
+        policy.clipped_surrogate,
+        plain(lambda i, _: policy.clipped_surrogate(i["log_ratio"], i["advantage"], 0.2, 0.2)),
+        {"log_ratio": TIME, "advantage": TIME},
+        "sample",
+        time_dtype,
+    ),
+    Entry(
+        policy.guarded_log_ratio,
+        plain(lambda i, _: policy.guarded_log_ratio(i["log_ratio"], i["kl"], i["t"])),
+        {"log_ratio": TIME, "kl": TIME, "t": TIME},
+        "sample",
+        time_dtype,
+        draw=TIMES_LIKE,
+    ),
+    Entry(
+        sampling.sample_sde,
+        plain(rolled),
+        {"noise": PACKED},
+        eager_only="stores steps in records",
+        meta=False,
+    ),
+    Entry(
+        sampling.step_noise,
+        plain(lambda inputs, layout: sampling.step_noise(range(layout.batch_size), 1, CHANNELS, layout)),
+        dtype=fixed(torch.float32),
+        eager_only="seeds generators",
+    ),
+    Entry(
+        reduction.hide,
+        plain(lambda i, _: reduction.hide(i["x"], i["x"] < 0)),
+        {"x": PACKED},
+    ),
     *both_forms(paths.interpolate, ["latents", "noise"], 1),
     *both_forms(paths.clean_prediction, ["noisy", "velocity"], 1),
     *both_forms(paths.noise_prediction, ["noisy", "velocity"], 1),
@@ -668,6 +779,14 @@ ENTRIES = [
 ]
 
 EXCLUDED = {
+    "lensmini.objectives.policy.advantages.count_groups": "counts, for a log; tests/objectives/test_advantages.py",
+    "lensmini.reduction.element_mask": "reshapes masks; tests/test_reduction.py",
+    "lensmini.reduction.holds": "answers yes or no; tests/test_reduction.py",
+    "lensmini.reduction.per_sample": "a check and a cast; tests/test_reduction.py",
+    "lensmini.sampling.kernels.Transition": "a record of tensors without operations",
+    "lensmini.sampling.rollout.Replay": "a record of tensors without operations",
+    "lensmini.sampling.rollout.StochasticStep": "a record of tensors without operations",
+    "lensmini.sampling.rollout.replay_step": "of a stored step, not of a batch; tests/sampling/test_rollout.py",
     "lensmini.data.text_pictures.TextPicture": "a record of a picture; tests/data/test_text_pictures.py",
     "lensmini.data.text_pictures.draw_text_picture": "text to a picture; tests/data/test_text_pictures.py",
     "lensmini.data.features.FeatureStore": "files of features; tests/data/test_features.py",

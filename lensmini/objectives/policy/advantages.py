@@ -63,6 +63,8 @@ def group_advantages(
     if correction < 0 or not 0 <= eps < float("inf"):
         raise ValueError(f"correction and eps: expected at least 0, got {correction} and {eps}")
     valid = _check(rewards, group, mask)
+    if not len(rewards):
+        return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     # float64, and relative to the smallest valid reward of the group: equal rewards then differ by exactly zero.
     values = torch.where(valid, rewards.detach().double(), 0.0)
     index = _dense_ids(group)

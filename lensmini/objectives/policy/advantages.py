@@ -144,8 +144,9 @@ def count_groups(rewards: Tensor, group: Tensor, *, mask: Tensor | None = None) 
         )
         for sign, kind in ((-1, "amin"), (1, "amax"))
     )
-    kinds = [(count > 1) & (high > low), (count > 1) & (high == low), count == 1, count == 0]
-    return GroupCounts(len(ids), *(int(kind.sum()) for kind in kinds), int((~valid).sum()))
+    kinds = ((count > 1) & (high > low), (count > 1) & (high == low), count == 1, count == 0)
+    informative, constant, single, empty = (int(kind.sum()) for kind in kinds)
+    return GroupCounts(len(ids), informative, constant, single, empty, int((~valid).sum()))
 
 
 def optimality(advantage: Tensor, clip: float = 5.0, *, mask: Tensor | None = None) -> Tensor:

@@ -13,10 +13,29 @@ from lensmini.packed import Layout
 from lensmini.segments import segment_sum
 from lensmini.shapes import check_shape
 
-__all__ = ["Reduction", "element_mask", "hide", "holds", "per_sample", "reduce_samples"]
+__all__ = ["Reduction", "dense_ids", "element_mask", "hide", "holds", "per_sample", "reduce_samples"]
 
 Reduction = Literal["sum", "mean"]
 """Over the elements of one sample."""
+
+
+def dense_ids(group: Tensor) -> Tensor:
+    """Ids of groups as small numbers: equal ids stay equal.
+
+    Args:
+        group: ``[b]``, integers.
+
+    Returns:
+        ``[b]`` int64 in [0, b). Of a shape that does not depend on the ids, so that it compiles, unlike ``torch.unique``.
+
+    Example:
+        >>> dense_ids(torch.tensor([70, -1, 70]))
+        tensor([1, 0, 1])
+    """
+    order = torch.argsort(group, stable=True)
+    ordered = group[order]
+    first = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0), value=False)
+    return torch.empty_like(order).scatter(0, order, first.long().cumsum(0))
 
 
 def element_mask(mask: Tensor | None, like: Tensor, *, layout: Layout | None = None) -> Tensor | None:

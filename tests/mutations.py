@@ -694,7 +694,7 @@ MUTATIONS = [
     ),
     Mutation(
         "groups by neighbourhood instead of id",
-        "objectives/policy/advantages.py",
+        "reduction.py",
         "order = torch.argsort(group, stable=True)",
         "order = torch.arange(len(group))",
         (ADVANTAGES,),

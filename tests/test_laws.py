@@ -46,6 +46,7 @@ from lensmini.nn.config import LensConfig
 from lensmini.objectives import flow_matching, policy, times
 from lensmini.packed import Layout
 
+aggregation = importlib.import_module("lensmini.rewards.aggregate")  # the package has a function of that name
 CHANNELS, TEXT_LAYERS, TEXT_DIM, HEADS, HEAD_DIM = 8, 2, 6, 2, 8
 
 Inputs = dict[str, Any]
@@ -399,6 +400,28 @@ ENTRIES = [
         {"rewards": TIME},
         "shared",
         time_dtype,
+    ),
+    Entry(
+        aggregation.aggregate,
+        plain(lambda i, _: aggregation.aggregate(i["x"], i["x"] > 0.2, missing="renormalise", min_coverage=0.5).values),
+        {"x": ("sample", (5,))},
+        "sample",
+        time_dtype,
+        draw={"x": uniform},
+    ),
+    Entry(
+        aggregation.criterion_advantages,
+        plain(
+            lambda i, _: (
+                aggregation.criterion_advantages(
+                    i["x"], i["x"] > 0.2, torch.tensor([1, 1, 0], device=i["x"].device), scale="group", contrast=True
+                ).values
+            )
+        ),
+        {"x": ("sample", (5,))},
+        "shared",
+        time_dtype,
+        draw={"x": uniform},
     ),
     Entry(policy.optimality, plain(lambda i, _: policy.optimality(i["a"])), {"a": TIME}, "sample", time_dtype),
     Entry(
@@ -779,7 +802,10 @@ ENTRIES = [
 ]
 
 EXCLUDED = {
+    "lensmini.rewards.aggregate.Aggregate": "a record of tensors without operations",
+    "lensmini.rewards.verdicts.ScoreTable": "a record of tensors without operations",
     "lensmini.objectives.policy.advantages.count_groups": "counts, for a log; tests/objectives/test_advantages.py",
+    "lensmini.reduction.dense_ids": "integers to integers; tests/objectives/test_advantages.py",
     "lensmini.reduction.element_mask": "reshapes masks; tests/test_reduction.py",
     "lensmini.reduction.holds": "answers yes or no; tests/test_reduction.py",
     "lensmini.reduction.per_sample": "a check and a cast; tests/test_reduction.py",

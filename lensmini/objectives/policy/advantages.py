@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lensmini.reduction import holds
+from lensmini.reduction import dense_ids, holds
 from lensmini.shapes import check_shape
 
 __all__ = ["GroupCounts", "count_groups", "group_advantages", "optimality"]
@@ -67,7 +67,7 @@ def group_advantages(
         return rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     # float64, and relative to the smallest valid reward of the group: equal rewards then differ by exactly zero.
     values = torch.where(valid, rewards.detach().double(), 0.0)
-    index = _dense_ids(group)
+    index = dense_ids(group)
     count = torch.zeros_like(values).index_add(0, index, valid.double())
     lowest = torch.full_like(values, torch.inf).scatter_reduce(
         0, index, torch.where(valid, values, torch.inf), "amin", include_self=True
@@ -202,14 +202,6 @@ def _check(rewards: Tensor, group: Tensor, mask: Tensor | None) -> Tensor:
         wrong = (~rewards.isfinite() & valid).nonzero()[:, 0].tolist()
         raise ValueError(f"rewards: expected finite numbers where the mask is true, got others at {wrong[:10]}")
     return valid
-
-
-def _dense_ids(group: Tensor) -> Tensor:
-    """``[b]`` int64 in [0, b): equal ids stay equal. Fixed shapes, so that it compiles, unlike ``torch.unique``."""
-    order = torch.argsort(group, stable=True)
-    ordered = group[order]
-    first = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0), value=False)
-    return torch.empty_like(order).scatter(0, order, first.long().cumsum(0))
 
 
 def _ordered_sum(values: Tensor) -> Tensor:

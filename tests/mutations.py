@@ -814,8 +814,8 @@ MUTATIONS = [
     Mutation(
         "the surrogate clips the harmless side",
         "objectives/policy/ratio.py",
-        "advantage > 0,\n        log_ratio.clamp(max=high)",
-        "advantage > 0,\n        log_ratio.clamp(min=low)",
+        "above & (advantage >= 0)",
+        "above & (advantage <= 0)",
         (RATIO,),
     ),
     Mutation("clips swapped", "objectives/policy/ratio.py", "math.log1p(clip_high)", "math.log1p(clip_low)", (RATIO,)),

@@ -45,12 +45,11 @@ def clipped_surrogate(
         raise ValueError(f"clip_low and clip_high: expected in [0, 1] and at least 0, got {clip_low} and {clip_high}")
     (log_ratio, advantage), _ = _numbers(mask, log_ratio=log_ratio, advantage=advantage.detach())
     low, high = math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
-    # -A rho with rho clipped on the one side where that is worse: no branch overflows that the maximum leaves out.
-    bounded = torch.where(
-        advantage > 0,
-        log_ratio.clamp(max=high),
-        torch.where(advantage < 0, log_ratio.clamp(min=low), log_ratio.clamp(low, high)),
-    )
+    # -A rho with rho clipped on the one side where that is worse: no branch overflows that the maximum leaves out. By
+    # comparison, because the gradient of clamp at its own bound differs between versions of torch.
+    above, below = log_ratio > high, log_ratio < low
+    bounded = torch.where(above & (advantage >= 0), high, log_ratio)
+    bounded = torch.where(below & (advantage <= 0), low, bounded)
     return -advantage * bounded.exp()
 
 

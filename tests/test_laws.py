@@ -802,6 +802,8 @@ ENTRIES = [
 ]
 
 EXCLUDED = {
+    "lensmini.rewards.judges.protocol.JudgeRequest": "a record of a picture; tests/rewards/test_judges.py",
+    "lensmini.rewards.judges.protocol.judge_pictures": "pictures to verdicts; tests/rewards/test_judges.py",
     "lensmini.rewards.aggregate.Aggregate": "a record of tensors without operations",
     "lensmini.rewards.verdicts.ScoreTable": "a record of tensors without operations",
     "lensmini.objectives.policy.advantages.count_groups": "counts, for a log; tests/objectives/test_advantages.py",

@@ -66,6 +66,10 @@ class ReplyCache:
         text = json.dumps({name: getattr(reply, name) for name in _FIELDS})
         self._run("INSERT OR IGNORE INTO replies VALUES (?, ?)", key, text)
 
+    def remove(self, key: str) -> None:
+        """Forget an answer, so that the question is asked again."""
+        self._run("DELETE FROM replies WHERE key = ?", key)
+
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:

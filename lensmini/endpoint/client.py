@@ -127,6 +127,11 @@ class Endpoint:
         found = dict(self.ask(requests))
         return [found[index] for index in range(len(requests))]
 
+    def forget(self, request: ChatRequest) -> None:
+        """Take an answer out of the cache, if there is one: for who could make nothing of it and will ask again."""
+        if self._cache is not None:
+            self._cache.remove(request.key(self.model))
+
     def close(self) -> None:
         """Let go of the cache's file."""
         if self._cache is not None:

@@ -38,7 +38,7 @@ class VerdictCache:
         try:
             self._database = sqlite3.connect(self._path, timeout=60.0, isolation_level=None)
             self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute("PRAGMA synchronous=FULL")
             self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
         except sqlite3.Error as error:
             raise ValueError(f"{path}: expected a cache of verdicts, but {error}") from error

@@ -57,8 +57,8 @@ class ChatJudge:
     Pictures are sent as newly encoded pixels; request and criteria as JSON in parts of their own, with ``<`` escaped, so
     that no marker of a chat template can stand in them; criteria under ids that change with the picture, so that text
     in a picture cannot name them. An answer that cannot be read gets one more turn. Time, money, repeats and concurrency
-    are the endpoint's. Give the endpoint no cache of its own: it would keep unreadable answers too; this one keeps
-    verdicts alone.
+    are the endpoint's. Give the endpoint a cache, and nothing that was answered is paid twice after any kill; answers of
+    which nothing could be made are forgotten there.
 
     Args:
         endpoint: the server, with its budgets and deadlines.
@@ -190,6 +190,9 @@ class ChatJudge:
         requests: Sequence[JudgeRequest],
         verdicts: dict[int, Verdict],
     ) -> None:
+        if isinstance(answers, str) and isinstance(outcome, Reply):
+            for messages in (call.chat.messages[:2], call.chat.messages):
+                self.endpoint.forget(replace(call.chat, messages=messages))
         words = outcome.text if isinstance(outcome, Reply) else f"{outcome.cause}: {outcome.detail}"
         for name, row in call.names.items():
             request = requests[row]

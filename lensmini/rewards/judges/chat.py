@@ -138,6 +138,10 @@ class ChatJudge:
             waiting = again
         return [verdicts[row] for row in range(len(requests))]
 
+    def questions(self, requests: Sequence[JudgeRequest]) -> list[ChatRequest]:
+        """What :meth:`score` would send in its first turn, cache aside: to look at, or to count before paying."""
+        return [call.chat for call in self._plan(requests, list(range(len(requests))))]
+
     def _plan(self, requests: Sequence[JudgeRequest], rows: list[int]) -> list[_Call]:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for row in rows:

@@ -251,6 +251,7 @@ def test_settings_refuse_what_they_cannot_do(options, message, monkeypatch):
         train_step.setting_for(*options)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_a_whole_result_line(monkeypatch, capsys, tmp_path):
     cases = {"even": ([(4, 6)] * 2, [5] * 2), "mixed": ([(4, 6), (3, 3)], [5, 9])}
     setting = train_step.Setting(

@@ -340,6 +340,7 @@ def whole_sharded(root: Path) -> Path:
     return root / "whole-sharded"
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_by_itself_after_a_rank_and_after_all_were_killed(root: Path, whole_sharded: Path) -> None:
     out = root / "restarted"
     result = torchrun(out, "1:KILL:update:5", "all:KILL:update:5", "0:KILL:update:4", restarts=3)

@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lensmini-setup
@@ -35,11 +36,11 @@ quickstart: setup
 	$(BIN)/python -m experiments.quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # pytest exits with 5 when it selects no test, which is no failure here.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow || [ $$? -eq 5 ]
 
 lint: setup
 	$(BIN)/ruff check .
@@ -61,6 +62,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.shards
 	$(BIN)/python -m benchmarks.filters
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.generate_cpu
+	$(BIN)/python -m benchmarks.generate_gpu
+	$(BIN)/python -m benchmarks.profile_generate
 
 peers: setup
 	$(BIN)/python -m venv .venv-peers

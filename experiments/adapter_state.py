@@ -142,7 +142,14 @@ class AdapterState:
         return LoRA(layers)
 
     def save(
-        self, out: Path, config: Any, *, keep: int, plan: str | None = None, notes: Mapping[str, Any] | None = None
+        self,
+        out: Path,
+        config: Any,
+        *,
+        keep: int,
+        plan: str | None = None,
+        notes: Mapping[str, Any] | None = None,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Path:
         """Write ``out/step-N`` with ``adapter.safetensors``, the averaged adapter for ``generate --lora``."""
         path = out / f"step-{self.step:06d}"
@@ -161,6 +168,8 @@ class AdapterState:
             )
             save_file(self.ema, new / "ema.safetensors")
             save_file(moments, new / "optimizer.safetensors")
+            for name, tensors in (others or {}).items():
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / f"{name}.safetensors")
             write_json(new / "config.json", self.compute.config.to_dict())
             run = {"step": self.step, "plan": plan, "config": config, "provenance": provenance(), **(notes or {})}
             write_json(new / "run.json", run)

@@ -1,4 +1,4 @@
-"""Checkpoints that ``experiments.pretrain`` wrote: found, loaded and asked which words they know."""
+"""Checkpoints that the miniature's runs wrote: found, loaded and asked which words they know."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from experiments.runs import latest_checkpoint
 from experiments.training import read_run
 from lensmini.nn import LensConfig, LensTransformer
 
-__all__ = ["find_checkpoint", "load_checkpoint", "unknown_words"]
+__all__ = ["find_checkpoint", "find_stages", "load_checkpoint", "unknown_words"]
 
 _RUNS = (Path("runs/quickstart"), Path("runs/mini"))
 
@@ -46,6 +46,24 @@ def find_checkpoint(path: Path | None) -> Path:
     )
 
 
+def find_stages(path: Path) -> tuple[dict[str, Any], Path]:
+    """What a ``step-N`` directory's language model and autoencoder are: settings, and the directory that caches them.
+
+    A run of reinforcement learning or distillation has those of the run that it began from, as long as that is there.
+    """
+    config = read_run(path)["config"]
+    own, start = config.get("miniature"), config.get("base") or config.get("teacher")
+    if start is not None:
+        try:
+            return find_stages(find_checkpoint(Path(start)))
+        except FileNotFoundError:
+            if own is None:
+                raise
+    if own is None:
+        raise ValueError(f"checkpoint: expected a run of the miniature, got {path}")
+    return own, path.resolve().parent.parent
+
+
 def load_checkpoint(path: Path, weights: str = "ema", *, quiet: bool = False) -> tuple[LensTransformer, Miniature]:
     """Load a ``step-N`` directory.
 
@@ -60,8 +78,7 @@ def load_checkpoint(path: Path, weights: str = "ema", *, quiet: bool = False) ->
     """
     if weights not in ("ema", "model"):
         raise ValueError(f'weights: expected "ema" or "model", got {weights!r}')
-    config = read_run(path)["config"]
-    beneath = config["miniature"]
+    beneath, place = find_stages(path)
     canvases = tuple(map(tuple, beneath["autoencoder"]["canvases"]))
     world = MiniatureConfig(
         language_model=LanguageModelConfig(**beneath["language_model"]),
@@ -72,8 +89,8 @@ def load_checkpoint(path: Path, weights: str = "ema", *, quiet: bool = False) ->
     )
     model = LensTransformer(LensConfig.from_dict(json.loads((path / "config.json").read_text())))
     model.load_state_dict(load_file(path / f"{weights}.safetensors"), strict=True)
-    model = model.to(getattr(torch, config["optim"]["dtype"])).requires_grad_(False).eval()
-    return model, prepare_miniature(world, path.resolve().parent.parent, quiet=quiet)
+    model = model.to(getattr(torch, read_run(path)["config"]["optim"]["dtype"])).requires_grad_(False).eval()
+    return model, prepare_miniature(world, place, quiet=quiet)
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:

@@ -7,6 +7,7 @@ counts of ``lensmini.cost``. On a laptop, in seconds; the run itself may need an
     python -m experiments.estimate stage2 --cluster.gpu h200 --cluster.gpus 64
     python -m experiments.estimate lab_8gpu --cluster.mfu 0.35              a 0.6B model on 8 A100 in two days
     python -m experiments.estimate finetune_24gb                            LoRA of the released model on one RTX 4090
+    python -m experiments.estimate lens_rl                                  the paper's RL: pictures, judge calls, GPU-hours
 
 Bytes and FLOPs are counted; seconds follow from an ASSUMED share of the peak. ``--out DIR`` writes ``DIR/estimate.json``.
 """
@@ -18,7 +19,9 @@ from typing import Any
 
 import tyro
 
+from experiments import estimate_rl
 from experiments import estimate_rows as counts
+from experiments.estimate_rl import RlEstimateConfig, lens_rl
 from experiments.estimate_rows import EstimateConfig, RentConfig, Sharding, StageConfig, TrainConfig
 from experiments.runs import provenance, write_json
 from lensmini.cost import operation_flops, parameter_count, train_flops
@@ -339,9 +342,13 @@ def main(config: EstimateConfig) -> dict[str, Any]:
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """Read a preset and its overrides from the command line; what a person can mend ends in one line."""
-    presets = {make.__name__: (make.__doc__ or "", make()) for make in PRESETS}
+    presets: dict[str, Any] = {make.__name__: (make.__doc__ or "", make()) for make in (*PRESETS, lens_rl)}
     try:
-        main(tyro.extras.overridable_config_cli(presets, args=arguments, prog="python -m experiments.estimate"))
+        config = tyro.extras.overridable_config_cli(presets, args=arguments, prog="python -m experiments.estimate")
+        if isinstance(config, RlEstimateConfig):
+            estimate_rl.main(config)
+        else:
+            main(config)
     except (ValueError, OSError) as error:
         raise SystemExit(f"estimate: {error}") from None
 

@@ -10,11 +10,13 @@
     python -m experiments.generate base "a fox" --checkpoint FILE.safetensors --text-encoder DIR --autoencoder DIR
     python -m experiments.generate lens --prompts FILE --compare A B              side by side from the same noise
     python -m experiments.generate lens --prompts FILE --checkpoint A --shard 0/2 and 1/2 in a second process
+    python -m experiments.generate "a red circle" --rewriter runs/rewriter-*      short requests, rewritten first
+    python -m experiments.generate turbo "a fox" --checkpoint A --rewriter gpt-oss-20b --rewriter-url http://localhost:8000/v1
 
-The miniature follows full descriptions like P, in the words of its captions; bare requests are strange to it. Seconds on
-one CPU core. ``OUT`` holds one PNG per picture, ``pictures.jsonl`` with its settings and ``grid.png`` of the
-pictures asked for last. The same command again paints only what is missing; another one adds to the directory.
-Prompts are streamed, and a kill loses at most the chunk that was being painted.
+The miniature follows full descriptions like P, in the words of its captions; bare requests are strange to it, unless a
+rewriter makes descriptions of them. Seconds on one CPU core. ``OUT`` holds one PNG per picture, ``pictures.jsonl`` with its
+settings and ``grid.png`` of the pictures asked for last. The same command again paints only what is missing; another one
+adds to the directory. Prompts are streamed, and a kill loses at most the chunk that was being painted.
 """
 
 import sys
@@ -30,6 +32,7 @@ from experiments.painters import Painter, PaintSettings, open_painter
 from experiments.picture_requests import Prompts, expand, shard_of
 from experiments.picture_store import PictureStore, claim, picture_key
 from experiments.pictures import save_grid
+from experiments.rewriting import RewrittenPrompts, open_rewriter
 from experiments.runs import progress
 
 __all__ = [
@@ -71,7 +74,9 @@ def generate(config: GenerateConfig) -> list[dict[str, Any]]:
 
 def stream(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     """As :func:`generate`, a row at a time, for jobs whose rows should not all be in memory."""
-    prompts = Prompts(config.texts, config.prompts)
+    prompts: Any = Prompts(config.texts, config.prompts)
+    if config.rewriter is not None:
+        prompts = _rewritten(prompts, config)
     sizes, negative = _check_prompts(prompts, config)
     checkpoints = (config.checkpoint,) if config.compare is None else config.compare
     if checkpoints == (None,) and config.height is None and not config.canvases:
@@ -159,6 +164,18 @@ def _rows(prompts: Prompts, config: GenerateConfig, painters: Sequence[Painter],
                     yield {**request, **shared}
 
     return rows
+
+
+def _rewritten(prompts: Prompts, config: GenerateConfig) -> RewrittenPrompts:
+    rewriter = open_rewriter(
+        str(config.rewriter),
+        url=config.rewriter_url,
+        key_env=config.rewriter_key_env,
+        system_prompt=config.system_prompt,
+        device=config.device,
+        cache=config.out / "replies.sqlite",
+    )
+    return RewrittenPrompts(prompts, rewriter, config.out / "rewrites.jsonl")
 
 
 def _check_prompts(prompts: Prompts, config: GenerateConfig) -> tuple[dict[tuple[int, int], int], int]:

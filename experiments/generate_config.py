@@ -10,6 +10,7 @@ import tyro
 
 from lensmini.data import MINIATURE_CANVASES
 from lensmini.pipeline.canvas import bucket_size
+from lensmini.pipeline.memory import budget_of
 
 __all__ = ["PRESETS", "UNSEEN_CANVASES", "GenerateConfig"]
 
@@ -52,16 +53,16 @@ class GenerateConfig:
     """With an aspect ratio: side of the square of about the same area, 1024 or 1440."""
     canvases: tuple[tuple[int, int], ...] = ()
     """Heights and widths instead of the ones above: every prompt on each of them."""
-    num_steps: int | None = 12
+    num_steps: int | None = None
     """Sampling steps; none is what suits the checkpoint."""
-    guidance_scale: float | None = 4.0
+    guidance_scale: float | None = None
     """Guidance; 1 follows the text without it at half the cost; none is what suits the checkpoint."""
     negative_prompt: str = ""
     """What to lead away from, of prompts without their own; not for runs of the miniature."""
     rescale: bool = True
     """Restore the norms after guidance, as the released model does."""
-    mu: float | None = 1.8
-    """Of a run: time shift of the schedule; none is the released model's rule, 0 equal steps."""
+    mu: float | Literal["own"] | None = "own"
+    """Of a run: time shift of the schedule; "own" is the checkpoint's, none the released model's rule, 0 equal steps."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of a pipeline, by default bfloat16; a run keeps what it was trained in."""
     device: str = "cpu"
@@ -74,10 +75,25 @@ class GenerateConfig:
     """LoRA adapter, merged before painting."""
     lora_scale: float = 1.0
     """Its strength."""
+    rewriter: str | None = None
+    """Language model that turns prompts into descriptions first: its name on a server, or a folder; none by default, as in
+    the released code. ``rewrites.jsonl`` says what became of every prompt; refused ones are left out."""
+    rewriter_url: str | None = None
+    """Its server, up to /v1; none is OpenAI's own."""
+    rewriter_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the server's key."""
+    system_prompt: str = "general"
+    """What it is told: general, compositional, design, long_text, or a file such as experiments.search_prompt writes."""
     prompt_cache: Path | None = None
     """Directory that keeps text features, so that a prompt is encoded once."""
     published_bf16: bool = False
     """Round as the published bf16 pipeline does, instead of exact times and latents."""
+    memory: str | None = None
+    """Of a pipeline: fit into a card, 8GiB, 12GiB, 16GiB or 24GiB, or auto for what is free; same pictures."""
+    compile: bool = False
+    """Of a pipeline: compile the blocks; worth it from a few pictures on."""
+    fp8: bool = False
+    """Of a pipeline: 8-bit linear layers on GPUs that have them; other pictures."""
     any_size: bool = False
     """Let a pipeline paint sizes that the released models were not made for."""
     revision: str | None = None
@@ -103,6 +119,13 @@ class GenerateConfig:
                 "height, width, aspect_ratio: expected two sides (--height H --width W) or a ratio (--height None "
                 f"--width None --aspect-ratio R), got {self.height}, {self.width} and {self.aspect_ratio}"
             )
+        if self.rewriter is not None and self.part[1] > 1:
+            # Two processes could get different rewrites of one request.
+            raise ValueError(f"rewriter: expected none for a part of a job, got {self.rewriter!r} and {self.shard}")
+        if self.memory is not None:
+            budget_of(self.memory, free=0)
+            if self.fp8:
+                raise ValueError(f"fp8: expected it without memory, whose blocks move, got memory {self.memory}")
         _ = self.part, self.sizes
 
     @property

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from experiments.precision import fast_dtype
 from lensmini.parallel import Group, map_matrices
 
 __all__ = ["Muon", "orthogonalise"]
@@ -22,7 +23,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, *, num_iterations: int = 5) -> Tensor:
-    """Push the singular values of ``[n, rows, columns]`` towards 1, in bfloat16.
+    """Push the singular values of ``[n, rows, columns]`` towards 1, in bfloat16, or float32 on CPUs that lack it.
 
     Example:
         >>> s = torch.linalg.svdvals(orthogonalise(torch.randn(1, 8, 4)).float())
@@ -30,7 +31,8 @@ def orthogonalise(matrices: Tensor, *, num_iterations: int = 5) -> Tensor:
         True
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    dtype = torch.bfloat16 if matrices.is_cuda else getattr(torch, fast_dtype())
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
     for _ in range(num_iterations):

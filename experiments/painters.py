@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from experiments.checkpoints import find_checkpoint, load_checkpoint, unknown_words
 from experiments.runs import latest_checkpoint
 from experiments.scoring import paint_prompts
+from experiments.training import read_run
 from experiments.weights_digest import digest_weights
 from lensmini.data import SCENE_VOCABULARY
 from lensmini.nn import LensTransformer
@@ -27,6 +28,7 @@ __all__ = [
 
 _PIPELINE_ONLY = {"negative_prompt": "", "text_encoder": None, "autoencoder": None, "prompt_cache": None}
 _PIPELINE_ONLY |= {"published_bf16": False, "device": "cpu", "dtype": None, "any_size": False}
+_PIPELINE_ONLY |= {"memory": None, "compile": False, "fp8": False}
 
 
 class PainterConfig(Protocol):
@@ -35,7 +37,7 @@ class PainterConfig(Protocol):
     @property
     def weights(self) -> str: ...
     @property
-    def mu(self) -> float | None: ...
+    def mu(self) -> float | Literal["own"] | None: ...
     @property
     def dtype(self) -> str | None: ...
     @property
@@ -56,6 +58,12 @@ class PainterConfig(Protocol):
     def published_bf16(self) -> bool: ...
     @property
     def any_size(self) -> bool: ...
+    @property
+    def memory(self) -> str | None: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def fp8(self) -> bool: ...
     @property
     def revision(self) -> str | None: ...
     @property
@@ -139,12 +147,19 @@ class RunPainter:
                 raise ValueError(f"{name}: expected {default!r}, since {path} is a run of the miniature, got {value!r}")
         self.name = path.as_posix()
         self.model, self.world = load_checkpoint(path, config.weights)
+        # A distilled student says how it samples; pre-trained runs do not.
+        self.sampling: dict[str, Any] = read_run(path).get("sampling", {})
+        if self.sampling.get("walk", "euler") != "euler":
+            raise ValueError(
+                f"checkpoint: {path} samples with fresh noise at every step, see experiments.distill_score"
+            )
         self.digest = hashlib.sha256((path / f"{config.weights}.safetensors").read_bytes()).hexdigest()[:12]
-        self.fields = {"mu": config.mu, "weights": config.weights, "weights_sha256": self.digest, **lora_row(config)}
+        mu = self.sampling.get("mu", 1.8) if config.mu == "own" else config.mu
+        self.fields = {"mu": mu, "weights": config.weights, "weights_sha256": self.digest, **lora_row(config)}
         merge_adapter(self.model, config)
 
     def defaults(self) -> tuple[int, float]:
-        return 12, 4.0
+        return self.sampling.get("num_steps", 12), self.sampling.get("guidance_scale", 4.0)
 
     def check_size(self, height: int, width: int) -> None:
         side = self.world.autoencoder.downsample

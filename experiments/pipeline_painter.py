@@ -45,8 +45,7 @@ class PipelinePainter:
         self.fields = {"dtype": config.dtype or "bfloat16", "weights_sha256": self.digest, **lora_row(config)}
         if named:
             self.fields["parts_sha256"] = [digest_weights(str(part)) for part in named]
-        if config.published_bf16:
-            self.fields["published_bf16"] = True
+        self.fields |= {name: True for name in ("published_bf16", "fp8") if getattr(config, name)}
 
     def defaults(self) -> tuple[int, float]:
         return self._steps, self._scale
@@ -133,7 +132,7 @@ class PipelinePainter:
             from lensmini.pipeline.prompt_cache import PromptCache, encoder_fingerprint
 
             config = self._config
-            options: dict[str, Any] = {"check_sizes": not config.any_size}
+            options: dict[str, Any] = {"check_sizes": not config.any_size, "memory": config.memory}
             place = {"dtype": getattr(torch, config.dtype or "bfloat16"), "device": config.device}
             if self._is_transformer_alone:
                 self._loaded = _assemble(self.source, config, place, options)
@@ -153,6 +152,12 @@ class PipelinePainter:
                 whose = None if encoder is None else encoder_fingerprint(encoder)
                 self._loaded.prompt_cache = PromptCache(config.prompt_cache.expanduser(), fingerprint=whose)
             merge_adapter(self._loaded.transformer, config)
+            if config.fp8:
+                from lensmini.pipeline.low_precision import quantize_fp8
+
+                quantize_fp8(self._loaded.transformer)
+            if config.compile:
+                self._loaded.transformer.compile_blocks()
         return self._loaded
 
 
@@ -161,6 +166,9 @@ def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options
     from lensmini.checkpoints.text_loading import load_text_encoder
     from lensmini.pipeline import LensPipeline
 
+    device = place["device"]
+    if config.memory is not None:
+        place = {**place, "device": "cpu"}
     transformer = load_transformer(source, **place)
     place = {**place, "local_files_only": config.local_files_only}
     encoder = None
@@ -170,7 +178,8 @@ def _assemble(source: str, config: PainterConfig, place: dict[str, Any], options
         encoder = load_text_encoder(_part(config.text_encoder), subfolder=within, layers=layers, **place)
     assert config.autoencoder is not None
     autoencoder = load_checked_autoencoder(_part(config.autoencoder), **place)
-    return LensPipeline(transformer, autoencoder, encoder, variant=guess_variant(Path(source).stem), **options)
+    variant = guess_variant(Path(source).stem)
+    return LensPipeline(transformer, autoencoder, encoder, variant=variant, device=device, **options)
 
 
 def _check_device(device: str) -> None:

@@ -9,6 +9,7 @@ from experiments.engine import EngineConfig
 from experiments.folder_data import FolderConfig
 from experiments.guards import GuardConfig
 from experiments.miniature.world import MiniatureConfig
+from experiments.precision import fast_dtype
 from experiments.pretrain_data import SceneConfig
 from experiments.runs import RunConfig
 from experiments.shard_data import ShardsConfig
@@ -108,6 +109,7 @@ def mini() -> PretrainConfig:
             decay_fraction=0.4,
             ema_decay=0.99,
             time_mu=1.8,
+            dtype=fast_dtype(),
             init_gate=0.1,
         ),
         run=RunConfig(out=Path("runs/mini"), steps=1750, checkpoint_every=400, sample_every=400, processes=2),

@@ -181,9 +181,16 @@ class TrainingState:
         return {"grad_norm": norm.item(), "lr": self.optim.lr * factor}
 
     def save(
-        self, out: Path, config: Any, *, keep: int, plan: str | None = None, notes: Mapping[str, Any] | None = None
+        self,
+        out: Path,
+        config: Any,
+        *,
+        keep: int,
+        plan: str | None = None,
+        notes: Mapping[str, Any] | None = None,
+        others: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Path:
-        """Write ``out/step-N`` atomically, with the fingerprint of the plan, and drop older checkpoints.
+        """Write ``out/step-N`` atomically, with the fingerprint of the plan and other tensors by file, and drop older ones.
 
         Every process may call it; the first writes.
         """
@@ -199,6 +206,8 @@ class TrainingState:
             save_file(_contiguous(self.model.state_dict()), new / "model.safetensors")
             save_file(_contiguous(self.ema.state_dict()), new / "ema.safetensors")
             save_file(_contiguous(moments), new / "optimizer.safetensors")
+            for name, tensors in (others or {}).items():
+                save_file(_contiguous(tensors), new / f"{name}.safetensors")
             write_json(new / "config.json", self.model.config.to_dict())
             run = {"step": self.step, "plan": plan, "config": config, "provenance": provenance()}
             write_json(new / "run.json", {**run, **(notes or {})})

@@ -49,7 +49,8 @@ def lerp_parameters_(target: Parameters, source: Parameters, weight: float) -> N
     if weight == 0 or not targets:
         return
     if weight == 1:
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        for old, new in zip(targets, sources, strict=True):  # DTensors have no copy of lists
+            old.copy_(new)
         return
     aligned = [new.to(device=old.device, dtype=old.dtype) for old, new in zip(targets, sources, strict=True)]
     torch._foreach_lerp_(targets, aligned, weight)  # pyright: ignore[reportPrivateImportUsage]

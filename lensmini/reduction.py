@@ -10,13 +10,85 @@ import torch
 from torch import Tensor
 
 from lensmini.packed import Layout
+from lensmini.paths import check_same_shape
 from lensmini.segments import segment_sum
 from lensmini.shapes import check_shape
 
-__all__ = ["Reduction", "dense_ids", "element_mask", "hide", "holds", "per_sample", "reduce_samples"]
+__all__ = [
+    "Reduction",
+    "align_samples",
+    "dense_ids",
+    "element_mask",
+    "hide",
+    "holds",
+    "known_values",
+    "per_sample",
+    "reduce_samples",
+]
 
 Reduction = Literal["sum", "mean"]
 """Over the elements of one sample."""
+
+
+def align_samples(mask: Tensor | None, layout: Layout | None, **tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Tensors of one shape in one dtype, float32 at least, with zeros where the mask hides them.
+
+    Args:
+        mask: as :func:`element_mask` takes it, or None.
+        layout: the layout of packed tensors.
+        tensors: by argument name, ``[b, ...]`` or ``[N, c]`` with ``layout``; the first sets the shape.
+
+    Returns:
+        The tensors in order, and the mask as :func:`element_mask` returns it.
+
+    Raises:
+        ValueError: naming the tensor whose shape or dtype does not fit.
+
+    Example:
+        >>> align_samples(torch.tensor([True, False]), None, a=torch.ones(2, 1), b=torch.ones(2, 1).bfloat16())[0][1]
+        tensor([[1.],
+                [0.]])
+    """
+    (first_name, first), *rest = tensors.items()
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    for name, tensor in rest:
+        check_same_shape(name, tensor, first_name, first)
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    counts = element_mask(mask, first, layout=layout)
+    return [hide(tensor.to(dtype), counts) for tensor in tensors.values()], counts
+
+
+def known_values(name: str, value: Tensor, mask: Tensor | None, like: Tensor, layout: Layout | None) -> Tensor:
+    """One number per sample, zero where the sample is masked as a whole; anything else must be finite.
+
+    Args:
+        name: argument name for the error message.
+        value: ``[b]``, floating point; a masked sample's may be anything.
+        mask: as :func:`element_mask` takes it, or None.
+        like: ``[b, ...]``, or ``[N, c]`` with ``layout``; sets b and the least dtype.
+        layout: the layout of packed tensors.
+
+    Returns:
+        ``[b]``.
+
+    Raises:
+        ValueError: if the shape differs, or (on the CPU) a value that is not masked is not finite.
+
+    Example:
+        >>> known_values("r", torch.tensor([0.5, torch.nan]), torch.tensor([True, False]), torch.ones(2, 1), None)
+        tensor([0.5000, 0.0000])
+    """
+    num = like.shape[0] if layout is None else layout.image_offsets.shape[0] - 1
+    value = per_sample(name, value, num, like.dtype)
+    if mask is not None:
+        if mask.shape[0] == num:
+            seen = mask.flatten(1).any(1) if mask.ndim > 1 else mask
+        else:  # packed, by token
+            seen = reduce_samples(mask.to(value.dtype), "sum", layout=layout) > 0
+        value = torch.where(seen, value, 0.0)
+    if value.device.type == "cpu" and not holds(value.isfinite()):
+        raise ValueError(f"{name}: expected finite numbers where the mask is true, got {value.tolist()}")
+    return value
 
 
 def dense_ids(group: Tensor) -> Tensor:

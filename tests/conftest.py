@@ -1,7 +1,8 @@
 """What every test shares: the hypothesis profile, golden cases and skipping without a GPU.
 
 Profiles: dev (30 examples, random), ci (100, derandomised; chosen when ``CI`` is set) and nightly (1000);
-``HYPOTHESIS_PROFILE`` names one. The number of threads is torch's own choice; ``OMP_NUM_THREADS`` changes it.
+``HYPOTHESIS_PROFILE`` names one. The number of threads is torch's own choice, ``OMP_NUM_THREADS`` changes it; under
+pytest-xdist (``make test`` runs two workers) it is one.
 """
 
 import os
@@ -11,6 +12,10 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests import golden_cases
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("dev", max_examples=30, **SHARED)

@@ -265,6 +265,43 @@ def test_closing_cancels_what_is_in_flight_and_leaves_no_thread():
     assert threading.active_count() <= before + 8
 
 
+def test_who_has_enough_waits_for_nothing_more_and_nothing_is_lost_or_named_twice():
+    """Endless questions, of which every fifth hangs: after six answers all that was read has an outcome."""
+    read, answered = [], []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield ask(str(read[-1]))
+
+    def faults(body, number):
+        return Fault(delay_s=5.0) if int(text_of(body)) % 5 == 4 else None
+
+    with ChatServer(echo, faults) as server:
+        endpoint = connect(server, concurrency=8, timeout_s=20.0)
+        started = time.monotonic()
+        for index, outcome in endpoint.ask(endless(), enough=lambda: len(answered) >= 6):
+            answered.append((index, outcome))
+        assert time.monotonic() - started < 4.0
+    assert sorted(index for index, _ in answered) == read
+    kinds = {type(outcome).__name__ for _, outcome in answered}
+    assert kinds == {"Reply", "Failure"} and len(answered) <= 6 + 16
+    failed = [outcome for _, outcome in answered if isinstance(outcome, Failure)]
+    assert {failure.cause for failure in failed} == {"deadline"}
+    assert endpoint.spent.failures == {"deadline": len(failed)}
+    assert all(outcome.text == str(index) for index, outcome in answered if isinstance(outcome, Reply))
+
+
+def test_a_call_may_have_a_deadline_of_its_own():
+    with ChatServer(echo, lambda body, number: Fault(delay_s=1.0)) as server:
+        endpoint = connect(server, deadline_s=5.0, timeout_s=9.0)
+        assert [o.cause for _, o in endpoint.ask([ask("a")], deadline_s=0.2)] == ["deadline"]
+        assert [o.text for _, o in endpoint.ask([ask("a")], deadline_s=50.0)] == ["A"]
+        assert endpoint.deadline_s == 5.0
+    with pytest.raises(ValueError, match="deadline_s: expected a positive number"):
+        list(endpoint.ask([ask("a")], deadline_s=0.0))
+
+
 def test_an_error_in_the_questions_reaches_the_caller():
     def questions():
         yield ask("a")

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "lensmini").rglob("*.py"))
 SIBLINGS = {"nn", "objectives", "data", "rewards", "prompting", "sampling"}
-SHARED = {"shapes", "segments", "packed", "paths", "averaging", "cost", "endpoint", "reduction"}
+SHARED = {"shapes", "segments", "packed", "paths", "averaging", "cost", "endpoint", "reduction", "words"}
 NEVER = {"experiments", "benchmarks", "tests", "tyro", "tqdm", "rich", "wandb", "tensorboard", "loguru"}
 EXTRAS = {
     "xformers": "xformers",
@@ -104,13 +104,17 @@ def effect_problems(name: str, source: str) -> list[str]:
     return problems
 
 
+LONG = {"lensmini.pipeline.call": 420}  # one class with diffusers' argument list and a line on every argument
+
+
 def form_problems(name: str, source: str) -> list[str]:
     """What every file looks like: one concept, a name that says which, ``__all__``, documented with an example."""
     tree, problems = ast.parse(source), []
     if not source.isascii():
         problems.append(f"{name}: not ASCII")
-    if len(source.splitlines()) > 350:
-        problems.append(f"{name}: {len(source.splitlines())} lines, more than 350")
+    most = LONG.get(name, 350)
+    if len(source.splitlines()) > most:
+        problems.append(f"{name}: {len(source.splitlines())} lines, more than {most}")
     if VAGUE & {word for part in name.split(".") for word in part.split("_")}:
         problems.append(f"{name}: says nothing about its content")
     if not tree.body:

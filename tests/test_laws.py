@@ -30,6 +30,7 @@ from lensmini.nn import (
     autoencoder,
     blocks,
     cpu_attention,
+    discriminator,
     embeddings,
     fusion,
     heads,
@@ -43,8 +44,10 @@ from lensmini.nn import (
     transformer,
 )
 from lensmini.nn.config import LensConfig
-from lensmini.objectives import flow_matching, policy, times
+from lensmini.objectives import adversarial, consistency, distribution_matching, flow_matching, policy, times
+from lensmini.objectives.consistency import trigflow
 from lensmini.packed import Layout
+from lensmini.rewards.judges import local
 
 aggregation = importlib.import_module("lensmini.rewards.aggregate")  # the package has a function of that name
 CHANNELS, TEXT_LAYERS, TEXT_DIM, HEADS, HEAD_DIM = 8, 2, 6, 2, 8
@@ -380,6 +383,187 @@ def policy_entries() -> list[Entry]:
     return entries
 
 
+def distillation_entries() -> list[Entry]:
+    """Directions, losses and noise levels of distribution matching, and walks of a few steps, dense and packed."""
+    matching = distribution_matching
+    both, row, three = ["one", "two"], ["row"], ["one", "two", "three"]
+    grid = torch.tensor([1.0, 0.7, 0.4, 0.0])
+
+    def augment(a: Tensor, b: Tensor, x: Tensor, **o: Any) -> Tensor:
+        return matching.cfg_augmentation_direction(a, b, 5.0, x=x, normaliser="mean_abs", **o)
+
+    def walk(a: Tensor, b: Tensor, layout: Layout | None = None) -> Tensor:
+        model = lambda x, t: velocity(x, t, layout)  # noqa: E731
+        return sampling.few_step_sample(model, a, grid, [b, b / 2], layout=layout)
+
+    def simulate(a: Tensor, b: Tensor, layout: Layout | None = None) -> tuple[Tensor, ...]:
+        model = lambda x, t: velocity(x, t, layout)  # noqa: E731
+        num = a.shape[0] if layout is None else layout.image_offsets.shape[0] - 1
+        stop = torch.tensor([1, 2, 0], device=a.device)[:num]
+        return tuple(sampling.backward_simulation(model, a, grid, stop, [b, b / 2], layout=layout)[:2])
+
+    table: list[tuple[Callable[..., Any], list[str], Any, str]] = [
+        (
+            matching.dmd_direction,
+            three,
+            lambda a, b, x, **o: matching.dmd_direction(a, b, x=x, floor=1e-3, **o),
+            "wide",
+        ),
+        (matching.cfg_augmentation_direction, three, augment, "wide"),
+        (matching.directional_loss, both, matching.directional_loss, "sample"),
+        (sampling.few_step_sample, both, walk, "same"),
+        (sampling.backward_simulation, both, simulate, "step"),
+    ]
+    entries = []
+    for covers, fields, function, result in table:
+        for form, shape, kind in (("dense", DENSE, "sample"), ("packed", PACKED, "image")):
+
+            def call(inputs: Inputs, layout: Layout, f: Any = function, form: str = form) -> Any:
+                return f(*inputs.values(), **({"layout": layout} if form == "packed" else {}))
+
+            outputs = {"sample": "sample", "step": (kind, kind)}.get(result, kind)
+            dtype = time_dtype if result in ("wide", "sample") else (lambda d: d)
+            entries.append(Entry(covers, plain(call), dict.fromkeys(fields, shape), outputs, dtype, f"[{form}]"))
+    for schedule in ("shared", "decoupled", "hybrid"):
+
+        def levels(inputs: Inputs, _: Layout, schedule: Any = schedule) -> Any:
+            return tuple(matching.noise_levels(inputs["t"], inputs["row"], schedule, low=0.1))
+
+        drawn = {"t": uniform, "row": uniform}
+        kinds: Kinds = {"t": TIME, "row": ("sample", (2,))}
+        outputs = ("sample", "sample")
+        entries.append(Entry(matching.noise_levels, plain(levels), kinds, outputs, time_dtype, f"[{schedule}]", drawn))
+    for covers, fields in (
+        (adversarial.generator_loss, row),
+        (adversarial.discriminator_loss, both),
+        (adversarial.approximate_r1, both),
+        (matching.divergence_weight, row),
+    ):
+        option = {"divergence": "jeffreys"} if covers is matching.divergence_weight else {}
+        function = plain(lambda i, _, f=covers, o=option: f(*i.values(), **o))
+        entries.append(Entry(covers, function, dict.fromkeys(fields, TIME), "sample", time_dtype))
+    head = module(
+        lambda: discriminator.DiscriminatorHead(CHANNELS, [0, 2], hidden_dim=6),
+        lambda m, i, layout: m({0: (i["one"], i["one"][:0]), 2: (i["two"], i["two"][:0])}, layout),
+    )
+    kinds = {"one": PACKED, "two": PACKED}
+    return [*entries, Entry(discriminator.DiscriminatorHead, head, kinds, "sample", time_dtype)]
+
+
+def consistency_entries() -> list[Entry]:
+    """Consistency models and flow maps, dense and packed."""
+    four = ["one", "two", "three", "four"]
+    model = velocity
+
+    def slope(x: Tensor, tx: Tensor, t: Tensor, method: Any, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        step = None if method == "forward" else 0.01
+        return consistency.directional_derivative(
+            lambda x, t: model(x, t, layout), (x, t), (tx, t.cos()), method=method, step=step
+        )
+
+    def loss(metric: Any) -> Callable[..., Tensor]:
+        return lambda a, b, r, **o: consistency.consistency_loss(a, b, metric=metric, c=0.1, weight=r, **o)
+
+    def angled(variant: Any) -> Callable[..., Tensor]:
+        return lambda *x, **o: consistency.trigflow_tangent(*x, warmup=0.4, variant=variant, **o)
+
+    def step(solver: Any) -> Callable[..., Tensor]:
+        return lambda x, t, layout=None: consistency.teacher_step(
+            lambda x, t: model(x, t, layout), x, t, t / 2, solver=solver, layout=layout
+        )
+
+    def target(x: Tensor, t: Tensor, layout: Layout | None = None) -> Tensor:
+        return consistency.consistency_target(lambda x, t: model(x, t, layout), x, t, layout=layout)
+
+    def wrapped(x: Tensor, t: Tensor, layout: Layout | None = None) -> Tensor:
+        return consistency.trig_prediction(lambda x, t: model(x, t, layout), x, t, layout=layout)
+
+    def half(t: Tensor) -> Tensor:
+        return t / 2
+
+    of = consistency
+    same = lambda dtype: dtype  # noqa: E731
+    # Function, its tensors, whether it takes times, the call, what it returns (state, sample or both), its dtype.
+    table: list[tuple[Callable[..., Any], list[str], bool, Any, str, Any]] = [
+        *((of.consistency_loss, four[:2], True, loss(m), "sample", time_dtype) for m in ("squared", "pseudo_huber")),
+        (of.consistency_loss, four[:2], True, loss("pseudo_huber_norm"), "sample", time_dtype),
+        (of.teacher_step, four[:1], True, step("euler"), "state", time_dtype),
+        (of.teacher_step, four[:1], True, step("heun"), "state", time_dtype),
+        (of.consistency_target, four[:1], True, target, "state", time_dtype),
+        (
+            of.mean_velocity_target,
+            four[:2],
+            True,
+            lambda a, b, t, **o: of.mean_velocity_target(a, b, t, half(t), **o),
+            "state",
+            time_dtype,
+        ),
+        (
+            of.mean_velocity_loss,
+            four[:3],
+            True,
+            lambda a, b, c, t, **o: of.mean_velocity_loss(a, b, c, t, half(t), **o),
+            "sample",
+            time_dtype,
+        ),
+        (of.normalise_tangent, four[:1], False, of.normalise_tangent, "state", time_dtype),
+        (
+            of.normalise_tangent,
+            four[:1],
+            False,
+            lambda x, **o: of.normalise_tangent(x, 0.1, "l2", **o),
+            "state",
+            time_dtype,
+        ),
+        *((of.trigflow_tangent, four, True, angled(variant), "state", time_dtype) for variant in ("scm", "rcm")),
+        (of.trigflow_direction, four[:1], True, lambda *x, **o: of.trigflow_direction(*x, **o)[0], "state", same),
+        (
+            of.trigflow_direction,
+            four[:1],
+            True,
+            lambda *x, **o: of.trigflow_direction(*x, **o)[1],
+            "sample",
+            time_dtype,
+        ),
+        (of.rf_to_trig, four[:2], True, lambda *x, **o: of.rf_to_trig(*x, **o)[:2], "both", same),
+        (of.rf_to_trig, four[:2], True, lambda *x, **o: of.rf_to_trig(*x, **o)[2], "sample", time_dtype),
+        (of.trig_to_rf, four[:2], True, lambda *x, **o: of.trig_to_rf(*x, **o)[:2], "both", same),
+        (of.trig_to_rf, four[:2], True, lambda *x, **o: of.trig_to_rf(*x, **o)[2], "sample", time_dtype),
+        (of.trig_prediction, four[:1], True, wrapped, "state", same),
+        (trigflow.expand_angle, four[:1], True, lambda x, t, **o: trigflow.expand_angle(t, x, **o), "both", time_dtype),
+        (of.directional_derivative, four[:2], True, lambda *x, **o: slope(*x, "forward", **o), "both", same),
+    ]
+    entries = []
+    for index, (covers, fields, timed, function, returned, dtype) in enumerate(table):
+        for form, shape, kind in (("dense", DENSE, "sample"), ("packed", PACKED, "image")):
+
+            def call(inputs: Inputs, layout: Layout, f: Any = function, form: str = form) -> Any:
+                return f(*inputs.values(), **({"layout": layout} if form == "packed" else {}))
+
+            inputs: Kinds = {**dict.fromkeys(fields, shape), **({"t": TIME} if timed else {})}
+            outputs = {"sample": "sample", "state": kind, "both": (kind, kind)}[returned]
+            entries.append(Entry(covers, plain(call), inputs, outputs, dtype, f"[{index}, {form}]", TIMES_LIKE))
+    return [
+        *entries,
+        Entry(
+            of.adaptive_weight,
+            plain(lambda i, _: of.adaptive_weight(i["x"], p=0.5)),
+            {"x": TIME},
+            "sample",
+            time_dtype,
+            draw={"x": uniform},
+        ),
+        Entry(
+            of.shrinking_gap,
+            plain(lambda i, _: of.shrinking_gap(i["t"], 2)),
+            {"t": TIME},
+            "sample",
+            time_dtype,
+            draw=TIMES_LIKE,
+        ),
+    ]
+
+
 def advantages(inputs: Inputs, layout: Layout) -> Tensor:
     group = torch.tensor([4, 4, -1], device=inputs["rewards"].device)
     return policy.group_advantages(inputs["rewards"], group, scale="group")
@@ -393,7 +577,16 @@ def rolled(inputs: Inputs, layout: Layout) -> Tensor:
 
 
 ENTRIES = [
+    Entry(
+        local.expected_score,
+        plain(lambda i, _: torch.stack(local.expected_score(i["x"], [4, 0, 2]), -1)),
+        {"x": ("sample", (5,))},
+        "sample",
+        fixed(torch.float32),
+    ),
     *policy_entries(),
+    *consistency_entries(),
+    *distillation_entries(),
     Entry(
         policy.group_advantages,
         plain(advantages),
@@ -802,15 +995,58 @@ ENTRIES = [
 ]
 
 EXCLUDED = {
+    "lensmini.rewards.judges.injection.GuardedJudge": "requests to verdicts; tests/rewards/test_injection.py",
+    "lensmini.rewards.judges.local.LocalJudge": "requests to verdicts; tests/rewards/test_local_judge.py",
+    "lensmini.rewards.judges.programs.ocr_judge": "a judge of functions; tests/rewards/test_programs.py",
+    "lensmini.rewards.judges.programs.once_per_picture": "remembers a function; tests/rewards/test_programs.py",
+    "lensmini.rewards.judges.programs.question_judge": "a judge of functions; tests/rewards/test_programs.py",
+    "lensmini.rewards.judges.programs.rapid_reader": "pictures to texts; tests/rewards/test_programs.py",
+    "lensmini.rewards.judges.programs.read_strings": "pictures to texts; tests/rewards/test_programs.py",
+    "lensmini.rewards.judges.questions.shrink": "pictures uint8 to uint8; tests/rewards/test_judges.py",
+    "lensmini.rewards.judges.red_team.RedTeamPicture": "a record of a picture; tests/rewards/test_injection.py",
+    "lensmini.rewards.judges.red_team.red_team_pictures": "paints on bytes; tests/rewards/test_injection.py",
+    "lensmini.rewards.judges.repeats.Repeated": "a record of verdicts; tests/rewards/test_repeats.py",
+    "lensmini.rewards.judges.repeats.nearest_in_group": "of a group, not differentiated; tests/rewards/test_repeats.py",
+    "lensmini.rewards.judges.repeats.repeat_near_ties": "pictures to verdicts; tests/rewards/test_repeats.py",
+    "lensmini.rewards.model.baselines.base_rates": "counts on the CPU; tests/rewards/test_model.py",
+    "lensmini.rewards.model.baselines.fit_logistic": "minimises, not differentiated; tests/rewards/test_model.py",
+    "lensmini.rewards.model.baselines.pool_map": "of one picture's features; tests/rewards/test_model.py",
+    "lensmini.rewards.model.baselines.principal_axes": "axes of a whole set; tests/rewards/test_model.py",
+    "lensmini.rewards.model.comparison.Answers": "a record of tensors; tests/rewards/test_model.py",
+    "lensmini.rewards.model.features.FrozenFeatures": "a record of callables; tests/rewards/test_model.py",
+    "lensmini.rewards.model.fit.answer_loss": "a mean over a batch; tests/rewards/test_model.py",
+    "lensmini.rewards.model.fit.spread_levels": "exact levels in float32; tests/rewards/test_model.py",
+    "lensmini.rewards.model.features.resize_and_normalise": "pictures to a model's input; tests/rewards/test_model.py",
+    "lensmini.rewards.model.head.mean_words": "of features and their own mask; tests/rewards/test_model.py",
+    "lensmini.rewards.model.head.RewardHead": "lists of maps of any sizes; tests/rewards/test_model.py",
+    "lensmini.rewards.model.judged.Judged": "a record of pictures; tests/rewards/test_model.py",
+    "lensmini.rewards.model.judged.KnownVerdicts": "holds verdicts; tests/rewards/test_model.py",
+    "lensmini.rewards.model.judged.Questions": "a record of tensors without operations; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.BrierParts": "a record of tensors without operations; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.Platt": "a record of tensors without operations; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.accuracy": "a mean over answers, in float32; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.brier_decomposition": "groups answers by their values; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.brier_score": "a mean over answers, in float32; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.expected_calibration_error": "a mean over answers, in float32; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.fit_platt": "minimises, not differentiated; tests/rewards/test_model.py",
+    "lensmini.rewards.model.metrics.fit_temperature": "minimises, not differentiated; tests/rewards/test_model.py",
+    "lensmini.rewards.model.predictor.Prediction": "a record of tensors without operations; tests/rewards/test_model.py",
+    "lensmini.rewards.model.predictor.RubricRewardModel": "takes strings and pictures; tests/rewards/test_model.py",
+    "lensmini.objectives.consistency.derivative.check_derivative": "a report; tests/objectives/test_consistency_derivative.py",
+    "lensmini.objectives.consistency.gaps.sample_time_pairs": "draws; tests/objectives/test_consistency.py",
     "lensmini.rewards.judges.protocol.JudgeRequest": "a record of a picture; tests/rewards/test_judges.py",
     "lensmini.rewards.judges.protocol.judge_pictures": "pictures to verdicts; tests/rewards/test_judges.py",
     "lensmini.rewards.aggregate.Aggregate": "a record of tensors without operations",
     "lensmini.rewards.verdicts.ScoreTable": "a record of tensors without operations",
     "lensmini.objectives.policy.advantages.count_groups": "counts, for a log; tests/objectives/test_advantages.py",
+    "lensmini.reduction.align_samples": "casts and hides; tests/test_reduction.py",
+    "lensmini.reduction.known_values": "a check and a cast; tests/test_reduction.py",
     "lensmini.reduction.dense_ids": "integers to integers; tests/objectives/test_advantages.py",
     "lensmini.reduction.element_mask": "reshapes masks; tests/test_reduction.py",
     "lensmini.reduction.holds": "answers yes or no; tests/test_reduction.py",
     "lensmini.reduction.per_sample": "a check and a cast; tests/test_reduction.py",
+    "lensmini.objectives.distribution_matching.NoiseLevels": "a record of tensors without operations",
+    "lensmini.sampling.few_step.SimulatedStep": "a record of tensors without operations",
     "lensmini.sampling.kernels.Transition": "a record of tensors without operations",
     "lensmini.sampling.rollout.Replay": "a record of tensors without operations",
     "lensmini.sampling.rollout.StochasticStep": "a record of tensors without operations",
@@ -845,6 +1081,14 @@ EXCLUDED = {
     "lensmini.checkpoints.mxfp4.unpack_mxfp4": "uint8 codes to weights, once while loading; tests/checkpoints/test_mxfp4.py",
     "lensmini.pipeline.painting.draw_noise": "a function of seeds; tests/pipeline/test_call.py",
     "lensmini.pipeline.painting.paint_packed": "takes a transformer; tests/pipeline/test_call.py",
+    "lensmini.nn.chunk_space.Group": "views of buffers; tests/pipeline/test_fast_paths.py",
+    "lensmini.nn.chunked.run_chunked": "changes its inputs on purpose; tests/pipeline/test_fast_paths.py",
+    "lensmini.pipeline.graphs.cuda_graph": "makes a function of a function; tests/pipeline/test_low_precision.py",
+    "lensmini.pipeline.low_precision.fp8_linear": "rounds to 8 bits on purpose; tests/pipeline/test_low_precision.py",
+    "lensmini.pipeline.passes.FastEngine": "takes a transformer; tests/pipeline/test_fast_paths.py",
+    "lensmini.pipeline.passes.plain_passes": "takes a transformer; tests/pipeline/test_fast_paths.py",
+    "lensmini.pipeline.schedule_modulation.ScheduleModulation": "a record of tensors; tests/pipeline/test_fast_paths.py",
+    "lensmini.pipeline.schedule_modulation.schedule_modulation": "takes a transformer; tests/pipeline/test_fast_paths.py",
     "lensmini.pipeline.picture.to_picture": "returns a PIL image; tests/pipeline/test_picture.py",
     "lensmini.pipeline.request.Noise": "a record of tensors without operations",
     "lensmini.pipeline.request.choose_noise": "a function of seeds; tests/pipeline/test_call.py",
@@ -982,6 +1226,8 @@ def test_a_sample_alone_gives_the_same_result(entry: Entry) -> None:
 EXCLUDED_MODULES = {
     "lensmini.parallel": "collectives over process groups; tests/test_parallel.py",
     "lensmini.data.scene": "the miniature's world: pictures from descriptions and back, scene by scene",
+    "lensmini.prompting": "texts, and statistics of their scores; tests/prompting",
+    "lensmini.rewards.diagnostics": "reports as plain numbers, over groups; tests/rewards/test_diagnostics.py",
 }
 """Prefixes of module names, with the reason."""
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lensmini.packed import Layout, pack
-from lensmini.reduction import element_mask, hide, holds, per_sample, reduce_samples
+from lensmini.reduction import (
+    align_samples,
+    element_mask,
+    hide,
+    holds,
+    known_values,
+    per_sample,
+    reduce_samples,
+)
 from tests.strategies import grids, seeds, tensor
 
 DOUBLE = torch.float64
@@ -105,3 +113,25 @@ def test_a_condition_that_cannot_be_looked_at_holds():
     assert holds(torch.zeros(2, device="meta") > 1)
     seen = torch.func.vmap(lambda x: x + float(holds(x > 1)))(torch.zeros(3))
     assert seen.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_aligned_samples_share_a_dtype_and_lose_what_is_hidden():
+    a, b = torch.tensor([[1.0], [math.nan]]).bfloat16(), torch.ones(2, 1, dtype=DOUBLE)
+    (first, second), mask = align_samples(torch.tensor([True, False]), None, a=a, b=b)
+    assert first.dtype == second.dtype == DOUBLE and first.tolist() == second.tolist() == [[1.0], [0.0]]
+    assert mask is not None and mask.shape == (2, 1)
+    (alone,), none = align_samples(None, None, a=a)
+    assert alone.dtype == torch.float32 and none is None
+    with pytest.raises(ValueError, match="b: expected the shape of a"):
+        align_samples(None, None, a=a, b=b[:1])
+
+
+def test_a_value_must_be_known_where_any_element_of_its_sample_counts():
+    layout, x = Layout.build([(1, 2), (1, 3)]), torch.zeros(5, 2)
+    value = torch.tensor([0.5, math.nan])
+    for mask in (torch.tensor([True, False]), torch.tensor([True, False, False, False, False])):
+        assert known_values("r", value, mask, x, layout).tolist() == [0.5, 0.0]
+    with pytest.raises(ValueError, match="r: expected finite"):
+        known_values("r", value, torch.tensor([True, False, True, False, False]), x, layout)
+    with pytest.raises(ValueError, match="r: expected finite"):
+        known_values("r", value, None, x, layout)

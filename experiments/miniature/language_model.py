@@ -10,7 +10,7 @@ Axes: b captions, l tokens, e width.
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,14 @@ from experiments.miniature.language_gates import answer_accuracy, colour_shares,
 from experiments.miniature.schedule import warmup_flat_decay
 from experiments.miniature.tokenizer import build_tokenizer
 from experiments.muon import Muon
+from experiments.precision import fast_dtype
 from experiments.runs import append_jsonl, progress, write_json
 from lensmini.data.scene_captions import Wording
 from lensmini.nn.text_encoder import TextEncoder
 
 __all__ = [
     "LanguageModelConfig",
+    "build_optimisers",
     "check_language_model",
     "load_language_model",
     "smallest_language_model",
@@ -84,8 +86,8 @@ class LanguageModelConfig:
     """Peak of AdamW's rate: embedding, head, routers, norms and biases."""
     muon_rate: float = 7e-3
     """Peak of Muon's rate: attention and expert matrices."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Arithmetic of training; weights and moments are float32."""
+    dtype: Literal["float32", "bfloat16"] = field(default_factory=fast_dtype)
+    """Arithmetic of training, by default the faster one on this CPU; weights and moments are float32."""
     warmup: int = 20
     """Steps of linear warm-up."""
     decay_share: float = 0.4
@@ -156,7 +158,7 @@ def train_language_model(
     model = build_language_model(config, len(tokenizer))
     compute = deepcopy(model).to(getattr(torch, config.dtype))
     masters, copies = list(model.parameters()), list(compute.parameters())
-    optimisers = _optimisers(config, model)
+    optimisers = build_optimisers(model, config.learning_rate, config.muon_rate)
     with progress(config.steps, 0, "language model") as bar:
         for step, (ids, mask, weight) in enumerate(_batches(config, compute, tokenizer), start=1):
             factor = warmup_flat_decay(step, config.steps, config.warmup, config.decay_share)
@@ -258,7 +260,7 @@ def check_language_model(model: Any, tokenizer: Any, config: LanguageModelConfig
     return GateReport.judge("language model", numbers, least)
 
 
-def _optimisers(config: LanguageModelConfig, model: Any) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimisers(model: Any, learning_rate: float, muon_rate: float) -> list[tuple[torch.optim.Optimizer, float]]:
     """Muon for the matrices of attention and experts, AdamW for the rest, each with its peak rate."""
     hidden = {
         name: parameter
@@ -266,8 +268,8 @@ def _optimisers(config: LanguageModelConfig, model: Any) -> list[tuple[torch.opt
         if parameter.ndim >= 2 and name.endswith(("_proj.weight", "_proj"))
     }
     rest = [parameter for name, parameter in model.named_parameters() if name not in hidden]
-    adam = torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(adam, config.learning_rate), (Muon(hidden, lr=config.muon_rate), config.muon_rate)]
+    adam = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return [(adam, learning_rate), (Muon(hidden, lr=muon_rate), muon_rate)]
 
 
 def _batches(config: LanguageModelConfig, model: Any, tokenizer: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

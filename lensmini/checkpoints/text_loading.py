@@ -20,7 +20,7 @@ from lensmini.checkpoints.text_config import check_raw, check_size
 from lensmini.checkpoints.text_folders import TEXT_FILES, fetch_files, find_model_folder
 from lensmini.nn.text_encoder import TextEncoder
 
-__all__ = ["load_text_encoder"]
+__all__ = ["load_text_encoder", "packed_obstacle"]
 
 Quantization = Literal["auto", "packed", "dequantize"]
 KERNELS = "kernels-community/gpt-oss-triton-kernels"
@@ -165,7 +165,7 @@ def _choose_packed(config: Any, quantization: Quantization, device: torch.device
         if quantization == "packed":
             raise CheckpointError(f"{name}: expected MXFP4 weights to keep packed, found none that are quantised")
         return False
-    missing = _missing_for_packed(device, offline)
+    missing = packed_obstacle(device, offline=offline)
     if missing and quantization == "packed":
         raise CheckpointError(f"{name}: expected to keep MXFP4 packed, but {missing}")
     if missing:
@@ -173,8 +173,17 @@ def _choose_packed(config: Any, quantization: Quantization, device: torch.device
     return missing is None
 
 
-def _missing_for_packed(device: torch.device, offline: bool) -> str | None:
-    """Why transformers cannot compute with packed MXFP4 here, or None if nothing is known to be missing."""
+def packed_obstacle(device: torch.device, *, offline: bool = False) -> str | None:
+    """Why transformers cannot compute with packed MXFP4 here, or None if nothing is known to be missing.
+
+    Args:
+        device: where the model would be.
+        offline: never ask the network for the kernels.
+
+    Example:
+        >>> packed_obstacle(torch.device("cpu"))
+        'the device is cpu, and it takes a GPU'
+    """
     from huggingface_hub import constants, snapshot_download
     from transformers.utils.import_utils import is_accelerate_available, is_kernels_available, is_triton_available
 

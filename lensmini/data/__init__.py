@@ -36,6 +36,7 @@ from lensmini.data.scene_verifier import (
     Pattern,
     Question,
     VerdictReport,
+    answer_question,
     questions_about,
     verify_scene,
 )
@@ -126,6 +127,7 @@ __all__ = [
     "TarSource",
     "Unit",
     "VerdictReport",
+    "answer_question",
     "assign_buckets",
     "build_scene_prompts",
     "chance_score",

@@ -10,6 +10,7 @@ A shard is one safetensors file of samples of one latent shape: ``numbers [n]``,
 import hashlib
 import json
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ def write_features(
     _replace(folder / INDEX, lambda part: save_file({"places": table}, part))
     header = json.dumps({"precision": precision, "made_by": wanted["made_by"], "shards": shards}, indent=1)
     _replace(folder / HEADER, lambda part: part.write_text(header))
+    for left in folder.glob(".*.new"):  # a writer was killed between two renames
+        shutil.rmtree(left)
     return written
 
 
@@ -321,8 +324,12 @@ def _stack(samples: Sequence[Sample], precision: Precision) -> tuple[dict[str, T
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    with part.open("rb") as file:
+    # safetensors write to a file of their own beside the target: a folder takes that along, if both are killed.
+    part = path.with_name(f".{path.name}.new")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    write(part / path.name)
+    with (part / path.name).open("rb") as file:
         os.fsync(file.fileno())
-    part.replace(path)
+    (part / path.name).replace(path)
+    shutil.rmtree(part)

@@ -21,6 +21,7 @@ __all__ = [
     "Pattern",
     "Question",
     "VerdictReport",
+    "answer_question",
     "questions_about",
     "verify_scene",
 ]
@@ -188,8 +189,8 @@ def verify_scene(image: Tensor, expected: Scene | Sequence[Question], *, grid: i
     if not questions:
         raise ValueError("expected: expected a scene or at least one question, got none")
     reading = read_scene(image, grid=grid)
-    loose = tuple(_answer(_by_colour(question, questions), reading) for question in questions)
-    return VerdictReport(questions, tuple(_answer(question, reading) for question in questions), loose, reading)
+    loose = tuple(answer_question(_by_colour(question, questions), reading) for question in questions)
+    return VerdictReport(questions, tuple(answer_question(question, reading) for question in questions), loose, reading)
 
 
 def questions_about(scene: Scene, *, ask_size: bool = False) -> tuple[Question, ...]:
@@ -214,7 +215,20 @@ def questions_about(scene: Scene, *, ask_size: bool = False) -> tuple[Question, 
     return (AskCount(len(scene.objects)), AskBackground(scene.background), *places)
 
 
-def _answer(question: Question, reading: SceneReading) -> bool:
+def answer_question(question: Question, reading: SceneReading) -> bool:
+    """What a reading says to a question.
+
+    Args:
+        question: about objects or the background.
+        reading: of a picture, by :func:`read_scene` or another reader.
+
+    Returns:
+        The answer.
+
+    Example:
+        >>> answer_question(AskCount(0), SceneReading("white", ()))
+        True
+    """
     match question:
         case AskCount(number, what):
             return sum(map(what.matches, reading.objects)) == number

@@ -1,6 +1,6 @@
 """Ask many questions of a chat server at once, within bounds of time, money and concurrency."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from lensmini.endpoint.session import Session, Settings
 from lensmini.endpoint.spending import Ledger, Spent
 
 __all__ = ["Endpoint"]
+
+_POLL_S = 0.02
 
 
 class Endpoint:
@@ -87,7 +89,18 @@ class Endpoint:
         """What everything asked so far has cost."""
         return replace(self._ledger.spent, failures=self._ledger.spent.failures.copy())
 
-    def ask(self, requests: Iterable[ChatRequest]) -> Iterator[tuple[int, Reply | Failure]]:
+    @property
+    def deadline_s(self) -> float | None:
+        """Of one call of :meth:`ask`."""
+        return self._settings.deadline_s
+
+    def ask(
+        self,
+        requests: Iterable[ChatRequest],
+        *,
+        enough: Callable[[], bool] | None = None,
+        deadline_s: float | None = None,
+    ) -> Iterator[tuple[int, Reply | Failure]]:
         """Answers in the order in which they come.
 
         At most twice ``concurrency`` requests are read ahead of the answers taken, so ``requests`` may be endless.
@@ -95,15 +108,20 @@ class Endpoint:
 
         Args:
             requests: the questions.
+            enough: whether the caller can do without the rest; asked after every answer and otherwise every 20 ms. From
+                then on no further request is read, and those in flight are given up with the cause "deadline".
+            deadline_s: of this call, where it is sooner than the endpoint's.
 
         Yields:
-            The request's position, from 0, and its reply or failure; each exactly once.
+            The request's position, from 0, and its reply or failure; each that was read exactly once.
 
         Raises:
             PermissionError: if the server refuses the key, or there is none; naming the environment variable.
-            ValueError: if there is a budget and a request without ``max_tokens``.
+            ValueError: if there is a budget and a request without ``max_tokens``, or ``deadline_s`` is not positive.
         """
-        with Session(self._settings, self._ledger, self._cache) as session:
+        limits = [limit for limit in (self.deadline_s, deadline_s) if limit is not None]
+        settings = replace(self._settings, deadline_s=min(limits, default=None))
+        with Session(settings, self._ledger, self._cache) as session:
             waiting, exhausted, source = 0, False, enumerate(requests)
             while True:
                 while not exhausted and waiting < 2 * self._settings.concurrency:
@@ -118,9 +136,13 @@ class Endpoint:
                     waiting += 1
                 if not waiting:
                     return
-                index, outcome = session.take()
-                waiting -= 1
-                yield index, outcome
+                taken = session.take(None if enough is None else _POLL_S)
+                if taken is not None:
+                    waiting -= 1
+                    yield taken
+                if enough is not None and enough():
+                    yield from session.give_up()
+                    return
 
     def ask_all(self, requests: Sequence[ChatRequest]) -> list[Reply | Failure]:
         """Answers in the order of the requests; see :meth:`ask`."""

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
@@ -82,7 +82,7 @@ class Session:
             raise PermissionError(f"expected a key in the environment variable {settings.api_key_env}, found none")
         self.until = None if settings.deadline_s is None else time.monotonic() + settings.deadline_s
         self.done: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
-        self.futures: set[Future[Any]] = set()
+        self.futures: dict[Future[Any], int] = {}
         self.flying: dict[str, asyncio.Future[Reply | Failure]] = {}
 
     def __enter__(self) -> "Session":
@@ -107,17 +107,29 @@ class Session:
     def submit(self, index: int, request: ChatRequest) -> None:
         """Begin with a request."""
         future = asyncio.run_coroutine_threadsafe(self._answer(request), self.loop)
-        self.futures.add(future)
+        self.futures[future] = index
         future.add_done_callback(lambda done: self.done.put((index, done)))
 
-    def take(self) -> tuple[int, Reply | Failure]:
-        """Wait for the next outcome of any request."""
-        index, future = self.done.get()
-        self.futures.discard(future)
+    def take(self, timeout_s: float | None = None) -> tuple[int, Reply | Failure] | None:
+        """Wait for the next outcome of any request; None if there is none in time."""
+        try:
+            index, future = self.done.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        del self.futures[future]
         outcome = future.result()
         if isinstance(outcome, Failure):
             self.ledger.count(failure=outcome.cause)
         return index, outcome
+
+    def give_up(self) -> Iterator[tuple[int, Reply | Failure]]:
+        """What has come already, and failures for all that is still on its way."""
+        for future, index in list(self.futures.items()):
+            late = future.cancel()
+            outcome = Failure("deadline", "enough others were answered") if late else future.result()
+            if isinstance(outcome, Failure):
+                self.ledger.count(failure=outcome.cause)
+            yield index, outcome
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self.loop).result()

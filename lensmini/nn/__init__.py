@@ -4,6 +4,7 @@ from lensmini.nn.attention import packed_attention
 from lensmini.nn.autoencoder import Autoencoder, from_uint8, load_autoencoder, to_uint8
 from lensmini.nn.blocks import DualStreamBlock, JointAttention
 from lensmini.nn.config import LensConfig
+from lensmini.nn.discriminator import DiscriminatorHead
 from lensmini.nn.embeddings import TimestepEmbedding, timestep_sinusoid
 from lensmini.nn.fusion import MultiLayerTextFusion, fuse_text_layers
 from lensmini.nn.latents import LatentNormalizer, patchify, unpatchify
@@ -17,6 +18,7 @@ from lensmini.nn.transformer import Captured, LensTransformer, Modulation
 __all__ = [
     "Autoencoder",
     "Captured",
+    "DiscriminatorHead",
     "DualStreamBlock",
     "JointAttention",
     "LatentNormalizer",

@@ -1,5 +1,33 @@
 """Pure losses: tensors in, one value per sample out. They take callables and tensors, never modules or configs."""
 
+from lensmini.objectives.adversarial import approximate_r1, discriminator_loss, generator_loss
+from lensmini.objectives.consistency import (
+    adaptive_weight,
+    check_derivative,
+    consistency_loss,
+    consistency_target,
+    curriculum_steps,
+    directional_derivative,
+    mean_velocity_loss,
+    mean_velocity_target,
+    normalise_tangent,
+    rf_to_trig,
+    sample_time_pairs,
+    shrinking_gap,
+    tangent_warmup,
+    teacher_step,
+    trig_prediction,
+    trig_to_rf,
+    trigflow_direction,
+    trigflow_tangent,
+)
+from lensmini.objectives.distribution_matching import (
+    cfg_augmentation_direction,
+    directional_loss,
+    divergence_weight,
+    dmd_direction,
+    noise_levels,
+)
 from lensmini.objectives.flow_matching import flow_matching_loss
 from lensmini.objectives.policy import (
     clipped_surrogate,
@@ -17,18 +45,44 @@ from lensmini.objectives.policy import (
 from lensmini.objectives.times import sample_times, training_mu
 
 __all__ = [
+    "adaptive_weight",
+    "approximate_r1",
+    "cfg_augmentation_direction",
+    "check_derivative",
     "clipped_surrogate",
+    "consistency_loss",
+    "consistency_target",
     "count_groups",
+    "curriculum_steps",
     "decay_ramp",
+    "directional_derivative",
+    "directional_loss",
+    "discriminator_loss",
+    "divergence_weight",
+    "dmd_direction",
     "flow_matching_loss",
+    "generator_loss",
     "group_advantages",
     "guarded_log_ratio",
     "matching_log_ratio",
+    "mean_velocity_loss",
+    "mean_velocity_target",
     "nft_decay",
     "nft_loss",
+    "noise_levels",
+    "normalise_tangent",
     "optimality",
     "ram_target",
+    "rf_to_trig",
+    "sample_time_pairs",
     "sample_times",
+    "shrinking_gap",
+    "tangent_warmup",
+    "teacher_step",
     "training_mu",
+    "trig_prediction",
+    "trig_to_rf",
+    "trigflow_direction",
+    "trigflow_tangent",
     "velocity_gap",
 ]

@@ -7,6 +7,7 @@ height and width, H and W pixels.
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,10 @@ from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
 from lensmini.pipeline.canvas import picture_sizes
 from lensmini.pipeline.decoding import LensPipelineOutput, finish_pictures, stack_equal
 from lensmini.pipeline.folder import VARIANTS, default_sampling, load_components
+from lensmini.pipeline.memory import workload
 from lensmini.pipeline.painting import paint_packed
+from lensmini.pipeline.passes import Engine, FastEngine, plain_passes
+from lensmini.pipeline.placement import Arranger, Phases, Placement, Unplaced
 from lensmini.pipeline.prompt_features import FeatureCache, encode_prompts, is_blank
 from lensmini.pipeline.request import (
     check_options,
@@ -29,6 +33,7 @@ from lensmini.pipeline.request import (
     read_features,
     read_prompts,
 )
+from lensmini.pipeline.rewriting import rewrite_prompts
 
 __all__ = ["LensPipeline", "LensPipelineOutput"]
 
@@ -49,6 +54,12 @@ class LensPipeline:
             (:func:`lensmini.pipeline.canvas.check_size`). Without it sides need only be multiples of the
             autoencoder's, as small models want.
         free_after_encoding: drop the text encoder as soon as the first call has encoded its prompts.
+        fast: do once per run what no step changes (:class:`lensmini.pipeline.passes.FastEngine`): the same pictures up
+            to rounding, which then may depend on what is painted beside them. ``memory`` brings it along. Not used with
+            ``published_bf16``, unless ``memory`` wants it.
+        memory: fit into a card: "auto" for what is free on the device, or "8GiB", "12GiB", "16GiB", "24GiB"; None leaves
+            every part where it is. A call prints what it chose (:mod:`lensmini.pipeline.memory`); pictures do not change.
+        device: where calls run under ``memory``; by default where the transformer is.
 
     Raises:
         ValueError: if the parts do not fit together, or the variant is unknown.
@@ -74,6 +85,9 @@ class LensPipeline:
         prompt_cache: FeatureCache | None = None,
         check_sizes: bool = True,
         free_after_encoding: bool = False,
+        fast: bool = False,
+        memory: str | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if variant is not None and variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {[*VARIANTS]} or None, got {variant!r}")
@@ -85,6 +99,9 @@ class LensPipeline:
         self.prompt_cache = prompt_cache
         self.check_sizes = check_sizes
         self.free_after_encoding = free_after_encoding
+        self.engine: Engine = FastEngine() if fast or memory is not None else plain_passes
+        here = transformer.img_in.weight.device if device is None else device
+        self.arranger = None if memory is None else Arranger(memory, here)
         self.downsample = 16 if autoencoder is None else autoencoder.downsample
         self.num_inference_steps, self.guidance_scale = default_sampling(variant)
 
@@ -105,6 +122,8 @@ class LensPipeline:
         prompt_cache: FeatureCache | None = None,
         free_text_encoder: bool = False,
         check_sizes: bool = True,
+        fast: bool = False,
+        memory: str | None = None,
     ) -> "LensPipeline":
         """Load a released pipeline, or one that :func:`lensmini.checkpoints.export_diffusers` wrote; no code of it runs.
 
@@ -122,6 +141,9 @@ class LensPipeline:
             prompt_cache: keeps text features between calls.
             free_text_encoder: drop the encoder as soon as the first call has encoded its prompts.
             check_sizes: as in the constructor.
+            fast: as in the constructor.
+            memory: as in the constructor; the parts are then loaded into host memory first, except an encoder whose
+                experts stay packed.
 
         Returns:
             The pipeline.
@@ -133,7 +155,8 @@ class LensPipeline:
         parts = load_components(
             path_or_repo,
             dtype=dtype,
-            device=device,
+            device=device if memory is None else "cpu",
+            text_device=device,
             text_encoder=text_encoder,
             autoencoder=autoencoder,
             quantization=quantization,
@@ -147,15 +170,21 @@ class LensPipeline:
             prompt_cache=prompt_cache,
             check_sizes=check_sizes,
             free_after_encoding=free_text_encoder,
+            fast=fast,
+            memory=memory,
+            device=None if memory is None else device,
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.img_in.weight.device
+        """Where the transformer is, under ``memory`` where it runs."""
+        return self.transformer.img_in.weight.device if self.arranger is None else self.arranger.device
 
     def to(self, device: torch.device | str) -> "LensPipeline":
-        """Move every component; returns the pipeline itself."""
+        """Move every component, or under ``memory`` say where to run from now on; returns the pipeline itself."""
+        if self.arranger is not None:
+            self.arranger = self.arranger.moved(device)
+            return self
         for part in (self.transformer, self.autoencoder, self.text_encoder):
             if part is not None:
                 part.to(device)
@@ -212,6 +241,7 @@ class LensPipeline:
         rescale_guidance: bool = True,
         batch_size: int | None = None,
         too_long: Literal["warn", "error"] = "warn",
+        rewriter: Callable[[str], Any] | None = None,
     ) -> LensPipelineOutput | tuple[Any]:
         """Paint; pictures of different sizes run packed in one forward pass.
 
@@ -245,6 +275,8 @@ class LensPipeline:
             rescale_guidance: restore the norms after guidance, as the released model does.
             batch_size: pictures per forward pass; by default all.
             too_long: "warn" cuts prompts that do not fit and says what was cut, "error" refuses them.
+            rewriter: turns each prompt into what is painted, such as :class:`lensmini.prompting.Rewriter`; the metadata says
+                what became of it. A request that it refuses is an error. Off by default, as in the published code.
 
         Returns:
             The images and how each was made.
@@ -268,6 +300,8 @@ class LensPipeline:
         if callback_on_step_end is not None and (others := {*callback_on_step_end_tensor_inputs} - {"latents"}):
             raise ValueError(f'callback_on_step_end_tensor_inputs: expected ["latents"], got also {sorted(others)}')
         prompts = read_prompts(prompt, None if prompt_embeds is None else len(prompt_embeds))
+        if rewriter is not None and prompt_embeds is not None:
+            raise ValueError("rewriter: expected prompts to rewrite, got prompt_embeds")
         num = len(prompts) if prompt_embeds is None else len(prompt_embeds)
         total = num * num_images_per_prompt
         negatives = for_each("negative_prompt", "" if negative_prompt is None else negative_prompt, num)
@@ -287,34 +321,53 @@ class LensPipeline:
             device=self.device,
         )
         guided = scale != 1 or published_bf16
+        prompts, rewrites = rewrite_prompts(prompts, rewriter)
         given = (
             None if prompt_embeds is None else read_features("prompt_embeds", prompt_embeds, self.transformer.config)
         )
-        texts = given or self.encode_prompt(prompts, too_long=too_long)
-        negative_texts = self._negative(negatives, negative_prompt_embeds, too_long) if guided else None
-        if self.free_after_encoding and self.text_encoder is not None:
+        encodes = given is None or (guided and negative_prompt_embeds is None and not is_blank(negatives))
+        phases: Phases = Unplaced()
+        if self.arranger is not None:
+            # Prompts are counted at their longest: how long they are is known only when they are encoded.
+            longest = 512 if self.text_encoder is None else self.text_encoder.max_length
+            if not encodes:
+                longest = max(len(x) for x in [*(given or ()), *(negative_prompt_embeds or ())])
+            shape = {"guided": guided, "text_tokens": longest, "num_steps": steps, "batch_size": batch_size or total}
+            work = workload(self.transformer, sizes, self.downsample, **shape)
+            phases = self.arranger.arrange(self.transformer, self.autoencoder, self.text_encoder, work)
+        with phases.encode() if encodes else nullcontext():
+            texts = given or self.encode_prompt(prompts, too_long=too_long)
+            negative_texts = self._negative(negatives, negative_prompt_embeds, too_long) if guided else None
+        dropped = isinstance(phases, Placement) and phases.plan.encoder == "free"
+        if (self.free_after_encoding or dropped) and self.text_encoder is not None:
             self.free_text_encoder()
         of = [index for index in range(num) for _ in range(num_images_per_prompt)]
 
         painted: list[Tensor] = []
-        for first in range(0, total, batch_size or total):
-            rows = range(first, min(first + (batch_size or total), total))
-            painted += paint_packed(
-                self.transformer,
-                [noise.latents[row] for row in rows],
-                [texts[of[row]] for row in rows],
-                None if negative_texts is None else [negative_texts[of[row]] for row in rows],
-                num_steps=steps,
-                guidance_scale=scale,
-                rescale=rescale_guidance,
-                published_bf16=published_bf16,
-                on_step=self._on_step(callback_on_step_end),
-            )
+        with phases.sample() as around:
+            engine = plain_passes if published_bf16 and around is None else self.engine
+            if isinstance(engine, FastEngine):
+                engine.around = around
+            for first in range(0, total, batch_size or total):
+                rows = range(first, min(first + (batch_size or total), total))
+                painted += paint_packed(
+                    self.transformer,
+                    [noise.latents[row] for row in rows],
+                    [texts[of[row]] for row in rows],
+                    None if negative_texts is None else [negative_texts[of[row]] for row in rows],
+                    num_steps=steps,
+                    guidance_scale=scale,
+                    rescale=rescale_guidance,
+                    published_bf16=published_bf16,
+                    on_step=self._on_step(callback_on_step_end),
+                    engine=engine,
+                )
         shared = {"num_inference_steps": steps, "guidance_scale": scale, "rescale_guidance": rescale_guidance}
         shared |= {"published_bf16": published_bf16, "variant": self.variant, "lensmini": __version__}
         metadata = [
             {
                 "prompt": prompts[of[row]] if prompts else None,
+                **({"rewrite": rewrites[of[row]]} if rewriter is not None else {}),
                 "negative_prompt": negatives[of[row]] if guided and negative_prompt_embeds is None else None,
                 "seed": noise.seeds[row],
                 "height": sizes[row][0],
@@ -323,7 +376,8 @@ class LensPipeline:
             }
             for row in range(total)
         ]
-        images = finish_pictures(painted, self.autoencoder, output_type, metadata, published_bf16=published_bf16)
+        with phases.decode():
+            images = finish_pictures(painted, self.autoencoder, output_type, metadata, published_bf16=published_bf16)
         return LensPipelineOutput(images, metadata) if return_dict else (images,)
 
     def _negative(

@@ -10,7 +10,7 @@ import torch
 from lensmini.checkpoints.autoencoder import load_checked_autoencoder
 from lensmini.checkpoints.files import CheckpointError, read_json
 from lensmini.checkpoints.folders import find_source, inside
-from lensmini.checkpoints.text_loading import load_text_encoder
+from lensmini.checkpoints.text_loading import load_text_encoder, packed_obstacle
 from lensmini.checkpoints.transformer import load_transformer
 from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
 
@@ -125,6 +125,7 @@ def load_components(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    text_device: torch.device | str | None = None,
     text_encoder: TextEncoder | bool | str | os.PathLike[str] = True,
     autoencoder: Autoencoder | bool | str | os.PathLike[str] = True,
     quantization: Literal["auto", "packed", "dequantize"] = "auto",
@@ -138,6 +139,7 @@ def load_components(
         path_or_repo: the folder or repository; a folder that exists wins.
         dtype: of every component.
         device: where to put them.
+        text_device: where a text encoder is put whose experts can stay packed there; ``device`` by default.
         text_encoder: True for the pipeline's own, False for none, or an encoder, its folder or repository.
         autoencoder: likewise.
         quantization: of the text encoder.
@@ -160,10 +162,13 @@ def load_components(
     own = {"text_encoder": text_encoder is True, "autoencoder": autoencoder is True}
     source, variant = find_pipeline(path_or_repo, **own, **hub)
     transformer = load_transformer(source, dtype=dtype, device=device)
+    packs = text_device is not None and quantization != "dequantize"
+    packs = packs and packed_obstacle(torch.device(text_device or device), offline=local_files_only) is None
+    text_device = text_device if packs and text_device is not None else device
     return Components(
         transformer,
         _load_autoencoder(source, autoencoder, dtype=dtype, device=device, hub=hub),
-        _load_text_encoder(source, text_encoder, transformer, dtype, device, quantization, hub),
+        _load_text_encoder(source, text_encoder, transformer, dtype, text_device, quantization, hub),
         variant,
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lensmini.nn import LensTransformer
 from lensmini.packed import Layout, pack, unpack
+from lensmini.pipeline.passes import Engine, plain_passes
 from lensmini.pipeline.published import published_euler_step, published_guide, published_timestep
 from lensmini.sampling import empirical_mu, euler_step, guide, initial_noise, time_grid
 from lensmini.shapes import check_shape
@@ -93,6 +94,7 @@ def paint_packed(
     mu: float | None = None,
     published_bf16: bool = False,
     on_step: OnStep | None = None,
+    engine: Engine = plain_passes,
 ) -> list[Tensor]:
     """Sample pictures of any sizes in one packed forward pass a step, conditional and unconditional together.
 
@@ -113,6 +115,7 @@ def paint_packed(
             The unconditional half then runs at guidance 1 too, since its roundings stay.
         on_step: called after each step with its index, the times ``[b]`` at which the model was asked and the new
             latents; latents that it returns replace them.
+        engine: makes the forward passes; :class:`lensmini.pipeline.passes.FastEngine` gives the same ones sooner.
 
     Returns:
         For each picture its latents ``[c, h, w]`` in the dtype of the noise.
@@ -155,15 +158,16 @@ def paint_packed(
     shifts = [empirical_mu(h * w, num_steps) if mu is None else mu for h, w in grids]
     times = time_grid(num_steps, shifts, device=weight.device)
 
-    for index, (t, t_next) in enumerate(pairwise(times.t().contiguous())):
-        seen = published_timestep(t, dtype=weight.dtype).to(t.dtype) if published_bf16 else t
+    grid = times.t().contiguous()
+    seen = [published_timestep(t, dtype=weight.dtype).to(t.dtype) if published_bf16 else t for t in grid[:-1]]
+    ask = engine(model, text_tokens, full, torch.stack([torch.cat([t, t]) if guided else t for t in seen]))
+
+    for index, (t, t_next) in enumerate(pairwise(grid)):
+        velocity = ask(index, torch.cat([tokens, tokens]) if guided else tokens)
         if guided:
-            velocity = model.forward_packed(torch.cat([tokens, tokens]), torch.cat([seen, seen]), text_tokens, full)
-            cond, uncond = velocity.chunk(2)  # pyright: ignore[reportAttributeAccessIssue]
+            cond, uncond = velocity.chunk(2)
             velocity = combine(cond, uncond, guidance_scale, channel_dim=-1, rescale=rescale)
-        else:
-            velocity = model.forward_packed(tokens, seen, text_tokens, full)
-        tokens = step(tokens, velocity, t, t_next, layout=layout)  # pyright: ignore[reportArgumentType]
+        tokens = step(tokens, velocity, t, t_next, layout=layout)
         changed = None if on_step is None else on_step(index, t, unpack(tokens, layout))
         if changed is not None:
             replaced = pack(changed)

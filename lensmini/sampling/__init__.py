@@ -1,8 +1,9 @@
-"""From noise to a sample: time grids, guidance, solvers of the ODE, and stochastic steps with real likelihoods.
+"""From noise to a sample: time grids, guidance, solvers of the ODE, stochastic steps with likelihoods, few-step walks.
 
 Time runs from 1 (noise) to 0 (clean). A model is any callable ``velocity(latents, t)``, closed over its condition.
 """
 
+from lensmini.sampling.few_step import SimulatedStep, backward_simulation, few_step_sample
 from lensmini.sampling.grids import empirical_mu, time_grid
 from lensmini.sampling.guidance import guide
 from lensmini.sampling.kernels import Kernel, Transition, sde_kernel
@@ -14,12 +15,15 @@ from lensmini.sampling.rollout import Replay, StochasticStep, replay_step, sampl
 __all__ = [
     "Kernel",
     "Replay",
+    "SimulatedStep",
     "StochasticStep",
     "Transition",
     "Velocity",
+    "backward_simulation",
     "dpm2",
     "empirical_mu",
     "euler_step",
+    "few_step_sample",
     "gaussian_kl",
     "gaussian_log_prob",
     "guide",

@@ -233,7 +233,7 @@ def offline_gpu(monkeypatch, *, capability=(9, 0), triton=True, accelerate=True,
 def test_every_missing_piece_has_a_name(monkeypatch, machine, cause, tmp_path):
     offline_gpu(monkeypatch, **machine)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = text_loading._missing_for_packed(torch.device("cuda"), False)
+    found = text_loading.packed_obstacle(torch.device("cuda"), offline=False)
     assert found is not None
     with pytest.raises(CheckpointError, match=cause):
         raise CheckpointError(found)
@@ -241,7 +241,7 @@ def test_every_missing_piece_has_a_name(monkeypatch, machine, cause, tmp_path):
 
 def test_kernels_that_do_not_load_end_in_unpacking_with_the_cause(packed, monkeypatch):
     folder, floats = packed
-    monkeypatch.setattr(text_loading, "_missing_for_packed", lambda device, offline: None)
+    monkeypatch.setattr(text_loading, "packed_obstacle", lambda device, offline: None)
     real = transformers.AutoModel.from_pretrained
 
     def no_kernels(*args, **kwargs):
@@ -259,7 +259,7 @@ def test_kernels_that_do_not_load_end_in_unpacking_with_the_cause(packed, monkey
 
 
 def test_transformers_own_fallback_is_not_mistaken_for_packed(packed, monkeypatch):
-    monkeypatch.setattr(text_loading, "_missing_for_packed", lambda device, offline: None)
+    monkeypatch.setattr(text_loading, "packed_obstacle", lambda device, offline: None)
     with pytest.raises(CheckpointError, match="packed"):
         load_text_encoder(packed[0], layers=(0,), quantization="packed")
 

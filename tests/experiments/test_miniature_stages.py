@@ -292,7 +292,7 @@ def test_every_token_of_a_group_of_batches_weighs_the_same_and_an_answers_more()
 
 def test_muon_moves_the_matrices_of_attention_and_experts_and_adamw_all_else():
     model = build_language_model(SMALL, 84)
-    (adam, _), (muon, _) = lm._optimisers(SMALL, model)
+    (adam, _), (muon, _) = lm.build_optimisers(model, SMALL.learning_rate, SMALL.muon_rate)
     names = {parameter: name for name, parameter in model.named_parameters()}
     moved = [{names[p] for p in optimiser.param_groups[0]["params"]} for optimiser in (adam, muon)]
     assert not moved[0] & moved[1] and moved[0] | moved[1] == set(names.values())

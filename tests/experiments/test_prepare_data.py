@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -406,7 +407,8 @@ def test_ray_does_the_same_and_outlives_a_worker(tmp_path):
     try:
         import threading
 
-        killed = []
+        killed: list[int] = []
+        over = threading.Event()
 
         def working():
             """Processes that Ray has named after the task they are at."""
@@ -416,18 +418,19 @@ def test_ray_does_the_same_and_outlives_a_worker(tmp_path):
                         yield int(path.parent.name)
 
         def kill():
-            # The first worker that has begun a unit.
-            for _ in range(600):
-                for number in working():
+            # The first worker that has begun a unit, however long the workers take to start.
+            while not killed and not over.wait(0.005):
+                for number in itertools.islice(working(), 1):
                     os.kill(number, signal.SIGKILL)
                     killed.append(number)
-                    return
-                time.sleep(0.01)
 
         thread = threading.Thread(target=kill)
         thread.start()
-        prepare(config(raw, tmp_path / "ray", shards=shards, ray=True))
-        thread.join()
+        try:
+            prepare(config(raw, tmp_path / "ray", shards=shards, ray=True))
+        finally:
+            over.set()
+            thread.join()
     finally:
         ray.shutdown()
     assert killed

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from lensmini.rewards.judges import (
     parse_answers,
 )
 from tests.chat_server import ChatServer, Fault, text_of
+
+pytest.importorskip("openai")  # here, so that its import is in no time that is measured
 
 LEVELS = Criterion(id="stars", text="Nice.", scale="levels", levels=5)
 ASKED = {"x1": Criterion(id="count", text="Two cups."), "x2": LEVELS}
@@ -72,7 +75,7 @@ def honest(body):
 
 
 def judge_of(server, cache=None, calls="criterion", **options):
-    own = {k: options.pop(k) for k in ("repair", "breaker", "max_pixels", "seed") if k in options}
+    own = {k: options.pop(k) for k in ("repair", "breaker", "max_pixels", "seed", "quorum") if k in options}
     if "cache_of_endpoint" in options:
         options["cache"] = options.pop("cache_of_endpoint")
     settings = {"backoff_s": 0.0, "max_attempts": 2, "timeout_s": 2.0, "concurrency": 8, **options}
@@ -219,7 +222,9 @@ class TestServer:
 
     BEHAVIOURS = (
         ("honest", None),
+        ("late", None),
         ("garbage", "unparsable"),
+        ("wrong id", "unparsable"),
         ("refusal", "refusal"),
         ("filter", "refusal"),
         ("half", "unparsable"),
@@ -238,18 +243,23 @@ class TestServer:
 
     def answer(self, body):
         text = honest(body)
-        name = re.findall(r'"(c[0-9a-f]{7})"', text)[0]
+        names = re.findall(r'"(c[0-9a-f]{7})"', text)
+
+        def all_are(value):
+            return "{" + ", ".join(f'"{name}": {value}' for name in names) + "}"
+
         kind = self.kind(body)
         return {
             "garbage": "lorem ipsum { dolor",
+            "wrong id": '{"c0000000": 1}',
             "refusal": {"text": "", "refusal": "I would rather not."},
             "filter": {"text": "", "finish_reason": "content_filter"},
             "half": text[:-3],
-            "several": f'{{"{name}": 0}} {{"{name}": 1}}',
-            "nan": f'{{"{name}": NaN}}',
-            "full width": f'{{"{name}": "\uff11"}}',
+            "several": all_are(0) + all_are(1),
+            "nan": all_are("NaN"),
+            "full width": all_are('"\uff11"'),
             "long": "x" * 10**6 + text,
-            "off scale": f'{{"{name}": 7}}',
+            "off scale": all_are(7),
         }.get(kind, text)
 
     def kind(self, body):
@@ -260,7 +270,8 @@ class TestServer:
             "429": Fault(status=429, headers={"Retry-After": "0"}),
             "500": Fault(status=500),
             "400": Fault(status=400),
-            "slow": Fault(delay_s=1.2),
+            "slow": Fault(delay_s=4.0),
+            "late": Fault(delay_s=0.2),
             "hang up": Fault(hang_up=True),
             "no protocol": Fault(body=b"<html>busy</html>"),
         }.get(self.kind(body))
@@ -276,27 +287,81 @@ class TestServer:
             for half in (0, 1)
         ]
 
-    def test_every_verdict_is_right_or_missing_with_its_true_cause_and_nothing_failed_is_kept(self, tmp_path):
+    @pytest.mark.parametrize("calls", ["criterion", "picture"])
+    def test_every_verdict_is_right_or_missing_with_its_true_cause_and_nothing_failed_is_kept(self, tmp_path, calls):
         cache = VerdictCache(tmp_path / "verdicts.sqlite")
         asked = self.hostile()
         causes = dict(self.BEHAVIOURS)
         with ChatServer(self.answer, self.fault) as server:
-            verdicts = judge_of(server, cache, timeout_s=0.6, breaker=None, concurrency=16).score(asked)
+            verdicts = judge_of(server, cache, timeout_s=1.5, breaker=None, concurrency=16, calls=calls).score(asked)
         for request, verdict in zip(asked, verdicts, strict=True):
             cause = causes[request.prompt]
             assert verdict.cause == cause, (request.prompt, verdict)
             if cause is None:
                 assert verdict.score == truth(request)
-        assert len(cache) == 2
+        assert len(cache) == 4
         # The server has recovered: only what was missing is asked again.
         with ChatServer(honest) as server:
-            again = judge_of(server, cache).score(asked)
+            again = judge_of(server, cache, calls=calls).score(asked)
             assert [v.score for v in again] == [truth(r) for r in asked]
-            assert len(server.requests) == len(asked) - 2 and sum(v.cached for v in again) == 2
-            assert all(v.cached for v in judge_of(server, cache).score(asked))
+            assert len(server.requests) == (len(asked) - 4) // (2 if calls == "picture" else 1)
+            assert sum(v.cached for v in again) == 4
+            assert all(v.cached for v in judge_of(server, cache, calls=calls).score(asked))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("calls", ["criterion", "picture"])
+    def test_a_hostile_server_that_then_dies_costs_no_more_than_its_bounds_and_leaves_nothing_false(
+        self, tmp_path, calls
+    ):
+        """Every fault at once from one server, which goes away in the middle, under a budget and a deadline."""
+        asked, causes = self.hostile() * 3, dict(self.BEHAVIOURS)
+        asked = [
+            JudgeRequest(image=r.image + n // len(self.hostile()), prompt=r.prompt, criterion=r.criterion)
+            for n, r in enumerate(asked)
+        ]
+        cache, dead, budget = VerdictCache(tmp_path / "v.sqlite"), [], 3_000_000
+        first_life = 60 if calls == "criterion" else 30
+
+        def fault(body, number):
+            if number == first_life:
+                dead.append(threading.Thread(target=server.__exit__))
+                dead[0].start()
+            return Fault(hang_up=True) if number >= first_life else self.fault(body, number)
+
+        with ChatServer(self.answer, fault) as server:
+            options = {
+                "timeout_s": 2.5,
+                "concurrency": 16,
+                "calls": calls,
+                "deadline_s": 30.0,
+                "max_tokens_total": budget,
+            }
+            judge = judge_of(server, cache, breaker=None, cache_of_endpoint=tmp_path / "replies.sqlite", **options)
+            started = time.monotonic()
+            verdicts = judge.score(asked)
+            assert time.monotonic() - started < 32.0 and judge.endpoint.spent.tokens <= budget
+            dead[0].join()
+        scored = [row for row, verdict in enumerate(verdicts) if verdict.state == "scored"]
+        lost = [row for row, verdict in enumerate(verdicts) if verdict.cause == "connection"]
+        assert 4 <= len(scored) <= 12 and len(lost) > len(asked) // 4, "it did live, and it did die"
+        for row, (request, verdict) in enumerate(zip(asked, verdicts, strict=True)):
+            assert verdict.criterion_id == request.criterion.id
+            if row in scored:
+                assert verdict.score == truth(request) and causes[request.prompt] is None
+            elif row not in lost:
+                assert verdict.cause == causes[request.prompt], request.prompt
+        assert len(cache) == len(scored)
+        billed = sum(server.billed.values())
+        with ChatServer(honest) as server:
+            again = judge_of(server, cache, cache_of_endpoint=tmp_path / "replies.sqlite", calls=calls).score(asked)
+            assert [v.score for v in again] == [truth(r) for r in asked]
+            assert [row for row, v in enumerate(again) if v.cached] == scored, "what was answered is not asked again"
+            assert len(server.requests) == (len(asked) - len(scored)) // (2 if calls == "picture" else 1)
+        assert billed > len(scored) // 2
 
     def test_an_endpoints_own_cache_forgets_what_nothing_could_be_made_of(self, tmp_path):
-        asked = self.hostile()[:6]  # honest, garbage, refusal
+        wanted = ("honest", "garbage", "refusal")
+        asked = sorted((r for r in self.hostile() if r.prompt in wanted), key=lambda r: wanted.index(r.prompt))
         with ChatServer(self.answer, self.fault) as server:
             judge = judge_of(server, breaker=None, cache_of_endpoint=tmp_path / "replies.sqlite")
             first = judge.score(asked)
@@ -341,11 +406,74 @@ class TestServer:
             refused = judge_of(server, breaker=(5, 0.2)).score(asked)
         assert {v.cause for v in refused} == {"refusal"}, "who refuses is there"
 
+    def test_a_quorum_does_not_wait_for_stragglers_and_keeps_what_has_come(self, tmp_path):
+        asked = requests(10)  # 20 questions
+
+        def slow(body, number):
+            return Fault(delay_s=4.0 if "number 3." in text_of(body) else 0.0)
+
+        cache = VerdictCache(tmp_path / "v.sqlite")
+        with ChatServer(honest, slow) as server:
+            started = time.monotonic()
+            judge = judge_of(server, cache, quorum=(0.9, 0.3), timeout_s=9.0)
+            verdicts = judge.score(asked)
+            assert 0.3 <= time.monotonic() - started < 3.0
+        late = [number for number, r in enumerate(asked) if "number 3." in r.prompt]
+        assert [n for n, v in enumerate(verdicts) if v.state == "missing"] == late
+        assert {verdicts[n].cause for n in late} == {"deadline"} and len(cache) == 18
+        assert judge.endpoint.spent.failures == {"deadline": 2}
+        assert [v.score for n, v in enumerate(verdicts) if n not in late] == [
+            truth(r) for n, r in enumerate(asked) if n not in late
+        ]
+        with ChatServer(honest) as server:
+            again = judge_of(server, cache, quorum=(1.0, 0.0)).score(asked)
+            assert len(server.requests) == 2 and [v.score for v in again] == [truth(r) for r in asked]
+
+    def test_a_quorum_needs_both_the_share_and_the_time(self):
+        asked = requests(5)  # 10 questions
+
+        def faults(body, number):
+            if "number 3." in text_of(body):
+                return Fault(delay_s=0.6)
+            return Fault(status=400) if "number 1." in text_of(body) else None
+
+        with ChatServer(honest, faults) as server:
+            # Two fail, two are late: only six are known until the late ones come, and what failed does not count.
+            verdicts = judge_of(server, quorum=(0.8, 0.1)).score(asked)
+            assert [v.cause for v in verdicts] == [None, None, "http", "http"] + [None] * 6
+            assert None not in {v.score for v in judge_of(server, quorum=(0.1, 5.0)).score(asked[4:])}
+            cut = judge_of(server, quorum=(0.6, 0.0)).score(asked)
+        assert [v.cause for v in cut][6:8] == ["deadline"] * 2
+
+    def test_known_verdicts_that_are_a_quorum_ask_nothing(self, tmp_path):
+        cache, asked = VerdictCache(tmp_path / "v.sqlite"), requests(5)
+        with ChatServer(honest) as server:
+            judge_of(server, cache).score(asked[:8])
+            num = len(server.requests)
+            verdicts = judge_of(server, cache, quorum=(0.8, 0.0)).score(asked)
+            assert len(server.requests) == num
+        assert [v.cause for v in verdicts] == [None] * 8 + ["deadline"] * 2
+
+    def test_both_turns_share_one_deadline(self):
+        with ChatServer(lambda body: "no answer", lambda body, number: Fault(delay_s=1.2)) as server:
+            started = time.monotonic()
+            verdicts = judge_of(server, deadline_s=2.0, breaker=None).score(requests(2))
+            assert time.monotonic() - started < 4.0
+        assert {v.cause for v in verdicts} == {"deadline"}
+
     @pytest.mark.parametrize(
-        "options", [{"calls": "all"}, {"max_pixels": 0}, {"breaker": (0, 0.5)}, {"breaker": (5, 1.0)}]
+        "options",
+        [
+            {"calls": "all"},
+            {"max_pixels": 0},
+            {"breaker": (0, 0.5)},
+            {"breaker": (5, 1.0)},
+            {"quorum": (0.0, 1.0)},
+            {"quorum": (0.5, -1.0)},
+        ],
     )
     def test_nonsense_is_refused(self, options):
-        with pytest.raises(ValueError, match="calls|max_pixels"):
+        with pytest.raises(ValueError, match="calls|max_pixels|quorum"):
             ChatJudge(Endpoint("a", base_url="http://localhost:1/v1"), **options)
 
 

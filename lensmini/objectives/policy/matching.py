@@ -6,12 +6,12 @@ Axes: b samples, N image tokens of a packed batch, c channels. ``target`` is alw
 
 from typing import Literal
 
-import torch
+import torch  # noqa: F401  # for the examples
 from torch import Tensor
 
 from lensmini.packed import Layout
-from lensmini.paths import check_same_shape, expand_time
-from lensmini.reduction import Reduction, element_mask, hide, holds, per_sample, reduce_samples
+from lensmini.paths import expand_time
+from lensmini.reduction import Reduction, align_samples, hide, holds, known_values, reduce_samples
 
 __all__ = ["matching_log_ratio", "nft_loss", "ram_target", "velocity_gap"]
 
@@ -75,10 +75,10 @@ def nft_loss(
         raise ValueError("t: expected the times [b] with weight='self_normalised', and None without")
     if not floor > 0:
         raise ValueError(f"floor: expected a positive number, got {floor}")
-    (new, old, goal), counts = _aligned(
+    (new, old, goal), counts = align_samples(
         mask, layout, velocity=velocity, old_velocity=old_velocity.detach(), target=target.detach()
     )
-    good = _known("r", r.detach(), mask, new, layout)
+    good = known_values("r", r.detach(), mask, new, layout)
     if good.device.type == "cpu" and not holds((good >= 0) & (good <= 1)):
         raise ValueError(f"r: expected probabilities in [0, 1] where the mask is true, got {good.tolist()}")
     moved = beta * (new - old)
@@ -128,12 +128,12 @@ def matching_log_ratio(
         >>> matching_log_ratio(torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
         tensor([1.])
     """
-    (new, old, goal), counts = _aligned(
+    (new, old, goal), counts = align_samples(
         mask, layout, velocity=velocity, old_velocity=old_velocity.detach(), target=target.detach()
     )
     gain = (old - goal).square() - (new - goal).square()
     ratio = reduce_samples(gain, reduction, mask=counts, layout=layout)
-    return ratio if weight is None else _known("weight", weight, mask, new, layout) * ratio
+    return ratio if weight is None else known_values("weight", weight, mask, new, layout) * ratio
 
 
 def velocity_gap(
@@ -157,7 +157,9 @@ def velocity_gap(
         >>> velocity_gap(torch.ones(1, 2), torch.zeros(1, 2))
         tensor([1.])
     """
-    (new, reference), counts = _aligned(mask, layout, velocity=velocity, reference_velocity=reference_velocity.detach())
+    (new, reference), counts = align_samples(
+        mask, layout, velocity=velocity, reference_velocity=reference_velocity.detach()
+    )
     return reduce_samples((new - reference).square(), "mean", mask=counts, layout=layout)
 
 
@@ -194,39 +196,13 @@ def ram_target(
         >>> ram_target(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), torch.tensor([0.5]))
         tensor([[1.5000, 1.5000]])
     """
-    (new, reference, goal), _ = _aligned(
+    (new, reference, goal), _ = align_samples(
         mask,
         layout,
         velocity=velocity.detach(),
         reference_velocity=reference_velocity.detach(),
         target=target.detach(),
     )
-    known = _known("reward", reward.detach(), mask, new, layout)
+    known = known_values("reward", reward.detach(), mask, new, layout)
     rows = known if layout is None else layout.expand(known)
     return reference + rows.reshape(-1, *[1] * (new.ndim - 1)) * (goal - new)
-
-
-def _aligned(mask: Tensor | None, layout: Layout | None, **tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """The tensors in one dtype, float32 at least, with zeros where the mask hides them; and the mask of elements."""
-    (first_name, first), *rest = tensors.items()
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    for name, tensor in rest:
-        check_same_shape(name, tensor, first_name, first)
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    counts = element_mask(mask, first, layout=layout)
-    return [hide(tensor.to(dtype), counts) for tensor in tensors.values()], counts
-
-
-def _known(name: str, value: Tensor, mask: Tensor | None, like: Tensor, layout: Layout | None) -> Tensor:
-    """One number per sample, zero where the sample is masked as a whole; anything else must be finite."""
-    num = like.shape[0] if layout is None else layout.image_offsets.shape[0] - 1
-    value = per_sample(name, value, num, like.dtype)
-    if mask is not None:
-        if mask.shape[0] == num:
-            seen = mask.flatten(1).any(1) if mask.ndim > 1 else mask
-        else:  # packed, by token
-            seen = reduce_samples(mask.to(value.dtype), "sum", layout=layout) > 0
-        value = torch.where(seen, value, 0.0)
-    if value.device.type == "cpu" and not holds(value.isfinite()):
-        raise ValueError(f"{name}: expected finite numbers where the mask is true, got {value.tolist()}")
-    return value

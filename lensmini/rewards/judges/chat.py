@@ -4,20 +4,17 @@ Axes: h and w pixels.
 """
 
 import hashlib
-import json
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from lensmini.endpoint import ChatRequest, Endpoint, Failure, Reply, image_message
 from lensmini.rewards.judges.cache import VerdictCache
 from lensmini.rewards.judges.parse import parse_answers
 from lensmini.rewards.judges.protocol import JudgeRequest, JudgeUnavailableError
-from lensmini.rewards.rubric import Criterion
+from lensmini.rewards.judges.questions import as_data, shrink, statement
 from lensmini.rewards.verdicts import Verdict
 
 __all__ = ["ChatJudge"]
@@ -70,6 +67,9 @@ class ChatJudge:
         repair: whether an unreadable answer gets one more turn.
         breaker: of the last so many answers, the share that may fail; then :class:`JudgeUnavailableError`. None for
             never. Refusals, budgets and deadlines do not count.
+        quorum: a share of the verdicts and seconds: once that share is known and that time has passed, :meth:`score`
+            returns, and the rest is missing with the cause "deadline", however slow the last answers are. None waits
+            for the endpoint's own deadline.
         cache: verdicts that are known already; None for none.
 
     Raises:
@@ -91,6 +91,7 @@ class ChatJudge:
         max_pixels: int = 1024 * 1024,
         repair: bool = True,
         breaker: tuple[int, float] | None = (200, 0.5),
+        quorum: tuple[float, float] | None = None,
         cache: VerdictCache | None = None,
     ) -> None:
         if calls not in ("criterion", "picture"):
@@ -100,7 +101,9 @@ class ChatJudge:
                 "max_tokens, max_pixels, breaker: expected positive, positive, and a number and a share below 1, "
                 f"got {max_tokens}, {max_pixels}, {breaker}"
             )
-        self.endpoint, self.calls, self.seed, self.cache = endpoint, calls, seed, cache
+        if quorum is not None and not (0 < quorum[0] <= 1 and quorum[1] >= 0):
+            raise ValueError(f"quorum: expected a share in (0, 1] and seconds of at least 0, got {quorum}")
+        self.endpoint, self.calls, self.seed, self.cache, self.quorum = endpoint, calls, seed, cache, quorum
         self.max_tokens, self.max_pixels, self.repair, self.breaker = max_tokens, max_pixels, repair, breaker
         self._recent: deque[bool] = deque(maxlen=breaker[0] if breaker else 1)
 
@@ -119,16 +122,23 @@ class ChatJudge:
             JudgeUnavailableError: if the breaker opens; what has come until then is in the cache.
             PermissionError: if the server refuses the key.
         """
+        begun = time.monotonic()
         verdicts: dict[int, Verdict] = {}
         for row, request in enumerate(requests):
             known = None if self.cache is None else self.cache.get(self.judge_id, request)
             if known is not None:
                 verdicts[row] = known
+
+        def enough() -> bool:
+            if self.quorum is None or time.monotonic() - begun < self.quorum[1]:
+                return False
+            return sum(v.state != "missing" for v in verdicts.values()) >= self.quorum[0] * len(requests)
+
         waiting = self._plan(requests, [row for row in range(len(requests)) if row not in verdicts])
         for turn in range(2 if self.repair else 1):
             again: list[_Call] = []
             final = turn == 1 or not self.repair
-            for index, outcome in self.endpoint.ask([call.chat for call in waiting]):
+            for index, outcome in self._ask_until(enough, begun, waiting):
                 call = waiting[index]
                 answers = self._read(call, outcome, requests)
                 if answers in ("unparsable", "out_of_range") and isinstance(outcome, Reply) and not final:
@@ -137,6 +147,23 @@ class ChatJudge:
                 self._settle(call, outcome, answers, turn + 1, requests, verdicts)
             waiting = again
         return [verdicts[row] for row in range(len(requests))]
+
+    def _ask_until(
+        self, enough: Callable[[], bool], begun: float, waiting: list[_Call]
+    ) -> Iterator[tuple[int, Reply | Failure]]:
+        """Every outcome once; both turns share one deadline, and what enough others made needless has failed by it."""
+        open_, left = dict.fromkeys(range(len(waiting))), self.endpoint.deadline_s
+        if left is not None:
+            left = max(left - (time.monotonic() - begun), 1e-3)
+        if waiting and not enough():
+            asked = self.endpoint.ask(
+                [call.chat for call in waiting], enough=enough if self.quorum else None, deadline_s=left
+            )
+            for index, outcome in asked:
+                del open_[index]
+                yield index, outcome
+        for index in open_:
+            yield index, Failure("deadline", "enough others were answered")
 
     def questions(self, requests: Sequence[JudgeRequest]) -> list[ChatRequest]:
         """What :meth:`score` would send in its first turn, cache aside: to look at, or to count before paying."""
@@ -148,18 +175,21 @@ class ChatJudge:
             request = requests[row]
             key = (request.image_hash, request.prompt, request.repeat) if self.calls == "picture" else (row,)
             groups.setdefault(key, []).append(row)
-        return [self._ask(requests, group) for group in groups.values()]
+        pictures: dict[str, dict[str, Any]] = {}  # encoded once, however many questions there are about each
+        return [self._ask(requests, group, pictures) for group in groups.values()]
 
-    def _ask(self, requests: Sequence[JudgeRequest], rows: list[int]) -> _Call:
+    def _ask(self, requests: Sequence[JudgeRequest], rows: list[int], pictures: dict[str, dict[str, Any]]) -> _Call:
         first = requests[rows[0]]
+        if first.image_hash not in pictures:
+            pictures[first.image_hash] = image_message("", [shrink(first.image, self.max_pixels)])["content"][0]
         names = {self._opaque(requests[row], index): row for index, row in enumerate(rows)}
         order = sorted(names)  # by hash: shuffled anew for every picture
-        checks = {name: _statement(requests[names[name]].criterion) for name in order}
+        checks = {name: statement(requests[names[name]].criterion) for name in order}
         parts: list[dict[str, Any]] = [{"checks": checks}]
         if any(requests[row].criterion.needs == "image_and_prompt" for row in rows):
             parts.insert(0, {"request": first.prompt})
-        message = image_message(_data(parts[0]), [_shrink(first.image, self.max_pixels)])
-        message["content"] += [{"type": "text", "text": _data(part)} for part in parts[1:]]
+        words = [{"type": "text", "text": as_data(part)} for part in parts]
+        message = {"role": "user", "content": [pictures[first.image_hash], *words]}
         chat = ChatRequest(
             [{"role": "system", "content": INSTRUCTIONS}, message],
             temperature=0.0,
@@ -216,28 +246,3 @@ class ChatJudge:
                     f"{failed} of the last {self.breaker[0]} answers of {self.endpoint.model} failed, the last one: "
                     f"{answers}, {words[:200]}"
                 )
-
-
-def _statement(criterion: Criterion) -> dict[str, Any]:
-    scales = {
-        "binary": "0 or 1",
-        "levels": f"a whole number from 1 (not at all) to {criterion.levels} (fully)",
-        "real": f"a number from {criterion.low:g} to {criterion.high:g}",
-    }
-    return {"check": criterion.text, "scale": scales[criterion.scale]}
-
-
-def _data(value: Any) -> str:
-    """JSON in which no ``<``, and so no marker of a template, can stand."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _shrink(image: Tensor, max_pixels: int) -> Tensor:
-    height, width = image.shape[-2:]
-    if height * width <= max_pixels:
-        return image
-    factor = (max_pixels / (height * width)) ** 0.5
-    size = max(1, int(height * factor)), max(1, int(width * factor))
-    # float: the uint8 kernel does not take sides of one pixel in every version
-    small = torch.nn.functional.interpolate(image[None].float(), size, mode="bilinear", antialias=True)
-    return small[0].round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Studies of several runs: arms and seeds, one table each."""

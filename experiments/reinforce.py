@@ -264,7 +264,7 @@ def base_score(
 ) -> dict[str, Any]:
     """The scores of the reference, kept beside the runs: they depend on the base and the settings of the score alone."""
     run = read_run(base)
-    prompts = {"num": config.prompts.num_prompts, "seed": config.prompts.seed, "wording": config.prompts.wording}
+    prompts = {name: getattr(config.prompts, name) for name in ("num_prompts", "seed", "wording", "form")}
     painted = {
         name: getattr(config.eval, name)
         for name in ("num_prompts", "num_steps", "guidance_scale", "mu", "variety", "seed")

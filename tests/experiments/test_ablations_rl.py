@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments import reinforce
 from experiments.ablations.rl import ARMS, BARE, FULL, RlStudy, arm_config, paired, summarise
 from experiments.ablations.rl_report import write_table
 from experiments.ablations.rl_signal import _agreement
 from experiments.reinforce_config import mini
+from lensmini.parallel import Group
 
 
 def test_every_arm_is_a_valid_run_of_as_many_pictures_from_the_same_base():
@@ -22,6 +24,30 @@ def test_every_arm_is_a_valid_run_of_as_many_pictures_from_the_same_base():
     assert len({str(c.run.out) for c in configs.values()}) == len(ARMS)
     with pytest.raises(ValueError, match="arms: expected some of"):
         RlStudy(arms=("ppo",))
+
+
+def test_the_base_is_scored_anew_wherever_its_score_would_be_another(monkeypatch, tmp_path):
+    keys = []
+
+    def keep(root, name, key, make):
+        keys.append(json.dumps(key, default=str, sort_keys=True))
+        (tmp_path / "score.json").write_text("{}")
+        return tmp_path, True
+
+    monkeypatch.setattr(reinforce, "cached_stage", keep)
+    monkeypatch.setattr(reinforce, "read_run", lambda path: {"config": {}, "step": 1})
+    preset = mini()
+    others = [
+        replace(preset, prompts=replace(preset.prompts, form="short")),  # was one with the first: a dense run's base got 0
+        replace(preset, prompts=replace(preset.prompts, wording="plain")),
+        replace(preset, prompts=replace(preset.prompts, num_prompts=60)),
+        replace(preset, eval=replace(preset.eval, seed=1)),
+        replace(preset, base_weights="model"),
+    ]
+    trained_otherwise = replace(preset, reward=replace(preset.reward, kind="naive"))
+    for config in (preset, trained_otherwise, *others):
+        reinforce.base_score(None, None, config, Group(0, 1), tmp_path)  # pyright: ignore[reportArgumentType]
+    assert keys[0] == keys[1] and len(set(keys)) == 1 + len(others)
 
 
 def test_paired_intervals_are_students_over_seeds_and_cover_the_mean_over_prompts():

@@ -205,8 +205,8 @@ def mini() -> DistillConfig:
     from nothing and has few steps.
     """
     return DistillConfig(
-        data=replace(SceneConfig(), text_dropout=0.0, batch_size=8, num_slots=1, mode="same_bucket"),
-        student=StudentConfig(mu=1.8),
+        data=replace(SceneConfig(), text_dropout=0.0, batch_size=32, num_slots=1, mode="same_bucket"),
+        student=StudentConfig(mu=1.8, walk="renoise"),
         matching=MatchingConfig(augmentation_normaliser="none"),
         adversary=AdversaryConfig(blocks=(1,), hidden_dim=128, lr=1e-3),
         critic=CriticConfig(lr=5e-5),

@@ -94,7 +94,7 @@ def paint_suite(
 ) -> list[Tensor]:
     """One picture ``[3, h, w]`` uint8 per prompt, from its own seed; the same whatever the chunk."""
     side, pictures = world.autoencoder.downsample, dict[int, Tensor]()
-    order = sorted(range(len(suite.prompts)), key=lambda i: (suite.canvases[i], len(suite.texts[i])))
+    order = sorted(range(len(suite.texts)), key=lambda i: (suite.canvases[i], len(suite.texts[i])))
     with progress(len(order), 0, f"paint {sampler.num_steps} steps, guidance {sampler.guidance_scale:g}") as bar:
         for first in range(0, len(order), chunk):
             chosen = order[first : first + chunk]

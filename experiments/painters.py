@@ -149,10 +149,6 @@ class RunPainter:
         self.model, self.world = load_checkpoint(path, config.weights)
         # A distilled student says how it samples; pre-trained runs do not.
         self.sampling: dict[str, Any] = read_run(path).get("sampling", {})
-        if self.sampling.get("walk", "euler") != "euler":
-            raise ValueError(
-                f"checkpoint: {path} samples with fresh noise at every step, see experiments.distill_score"
-            )
         self.digest = hashlib.sha256((path / f"{config.weights}.safetensors").read_bytes()).hexdigest()[:12]
         mu = self.sampling.get("mu", 1.8) if config.mu == "own" else config.mu
         self.fields = {"mu": mu, "weights": config.weights, "weights_sha256": self.digest, **lora_row(config)}
@@ -184,8 +180,25 @@ class RunPainter:
         negatives: Sequence[str],
     ) -> list[Tensor]:
         assert not any(negative.strip() for negative in negatives)
+        if self.sampling.get("walk") == "renoise":
+            return self._walk_with_fresh_noise(prompts, sizes, seeds, settings)
         options = {"rescale": settings.rescale, "chunk": max(1, len(prompts))}
         return paint_prompts(self.model, self.world, prompts, sizes, settings, seeds=seeds, **options)
+
+    def _walk_with_fresh_noise(
+        self, prompts: Sequence[str], sizes: Sequence[tuple[int, int]], seeds: Sequence[int], settings: PaintSettings
+    ) -> list[Tensor]:
+        """As the student was trained; what it does with guidance or other steps nobody has trained, so guidance is refused."""
+        from experiments.distill_score import Sampler, Suite, paint_suite
+        from experiments.pretrain_data import encode_texts
+
+        if settings.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale: expected 1 for the few-step {self.name}, got {settings.guidance_scale:g}"
+            )
+        sampler = Sampler(num_steps=settings.num_steps, mu=settings.mu, walk="renoise")
+        suite = Suite([], list(sizes), encode_texts(prompts, self.world, quiet=True))
+        return paint_suite(self.model, self.world, suite, sampler, seeds, chunk=len(prompts))
 
     def close(self) -> None:
         """Does nothing: a miniature is small."""

@@ -1,6 +1,6 @@
 """The distillation study in miniature: what does Lens-Turbo's recipe keep and give, and which of its parts matter?
 
-    python -m experiments.ablations.distill                            every arm and the table
+    python -m experiments.ablations.distill --teacher runs/rl/nft-0    every arm and the table, in the paper's order: RL first
     python -m experiments.ablations.distill --arms main ca_only        some
     python -m experiments.ablations.distill --only-summary             results so far
 
@@ -53,11 +53,15 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "fast_strong_adversary": _fast(adversary={"weight": 0.1}),
     "fast_strong_no_r1": _fast(adversary={"weight": 0.1, "gamma": 0.0}),
     "eight_steps": {"student": {"num_steps": 8}},
-    "renoise": {"student": {"walk": "renoise"}},
+    "euler": {"student": {"walk": "euler"}},
+    "before_rl": {},
 }
 """What each arm changes of the preset ``mini``."""
+BEFORE_RL = ("before_rl",)
+"""Distilled from runs/quickstart, whatever the study's teacher is, and compared with it."""
 TEACHERS = {
     "teacher, 20 guided steps": (20, None),
+    "teacher, 20 steps, guidance 2.5": (20, 2.5),
     "teacher, 4 guided steps": (4, None),
     "teacher, 8 steps": (8, 1.0),
     "teacher, 4 steps": (4, 1.0),
@@ -76,7 +80,7 @@ class DistillStudy:
     out: Path = Path("runs/distill-study")
     """A directory for each run, and the results."""
     teacher: Path | None = None
-    """By default runs/quickstart."""
+    """By default runs/quickstart; ``runs/rl/nft-0`` of ``experiments.ablations.rl`` for the paper's order."""
     arms: tuple[str, ...] = tuple(ARMS)
     """In this order."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -101,7 +105,7 @@ class DistillStudy:
 
 def arm_config(study: DistillStudy, arm: str, seed: int) -> DistillConfig:
     """One run of the study."""
-    config = replace(mini(), teacher=study.teacher)
+    config = replace(mini(), teacher=None if arm in BEFORE_RL else study.teacher)
     for name, values in ARMS[arm].items():
         config = replace(config, **{name: replace(getattr(config, name), **values)})
     steps = config.run.steps if study.steps is None else study.steps
@@ -111,19 +115,19 @@ def arm_config(study: DistillStudy, arm: str, seed: int) -> DistillConfig:
 
 def summarise(study: DistillStudy) -> dict[str, Any]:
     """Every finished run against the teacher: ratios of strict scores, paired by prompt and noise."""
-    config = arm_config(study, "main", study.seeds[0])
-    teacher = Teacher(config, torch.device("cpu"))
-    rows = {}
-    for name, (steps, guidance) in TEACHERS.items():
-        scale = config.score.teacher_guidance if guidance is None else guidance
-        rows[name] = teacher_row(config, teacher, Sampler(num_steps=steps, guidance_scale=scale, mu=config.score.mu))
+    rows = teacher_rows(arm_config(study, "main", study.seeds[0]))
+    earlier: dict[str, Any] = {}
     arms: dict[str, Any] = {}
     for arm in ARMS:
         files = [(seed, study.out / f"{arm}-{seed}" / "summary.json") for seed in study.seeds_of(arm)]
         found = {seed: json.loads(path.read_text()) for seed, path in files if path.exists()}
         if found:
             start = f"teacher, {next(iter(found.values()))['student']['calls']} steps".replace("1 steps", "1 step")
-            arms[arm] = _describe(study, arm, found, rows[REFERENCE]["right"], rows[start]["right"])
+            if arm in BEFORE_RL and study.teacher is not None:
+                own = earlier = teacher_rows(arm_config(study, arm, 0))
+            else:
+                own = rows
+            arms[arm] = _describe(study, arm, found, own[REFERENCE]["right"], own[start]["right"])
     return {
         "question": "How much of the guided teacher's score does Lens-Turbo's recipe keep without guidance in few steps, and "
         "what do its parts contribute?",
@@ -134,9 +138,25 @@ def summarise(study: DistillStudy) -> dict[str, Any]:
         "goal": "lower end of the ratio of the four-step student to the teacher at 20 guided steps at least 0.90",
         "verdict": _verdict(arms),
         "teacher": {name: {key: row[key] for key in _SHORT} for name, row in rows.items()},
+        **(
+            {"teacher_before_rl": {n: {key: row[key] for key in _SHORT} for n, row in earlier.items()}}
+            if earlier
+            else {}
+        ),
         "arms": arms,
         "provenance": provenance(),
     }
+
+
+def teacher_rows(config: DistillConfig) -> dict[str, dict[str, Any]]:
+    """The teacher of a run at several steps; without guidance it walks as the student does, which is where that starts."""
+    teacher, rows = Teacher(config, torch.device("cpu")), {}
+    for name, (steps, guidance) in TEACHERS.items():
+        scale = config.score.teacher_guidance if guidance is None else guidance
+        walk = "euler" if steps == 20 or scale != 1 else config.student.walk
+        sampler = Sampler(num_steps=steps, guidance_scale=scale, mu=config.score.mu, walk=walk)
+        rows[name] = teacher_row(config, teacher, sampler)
+    return rows
 
 
 def _describe(
@@ -176,7 +196,8 @@ def write_table(result: Mapping[str, Any], path: Path) -> None:
         "| row | calls | strict | of the guided teacher | of its start | diversity | clean |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in result["teacher"].items():
+    before = {f"before RL: {name}": row for name, row in result.get("teacher_before_rl", {}).items()}
+    for name, row in (result["teacher"] | before).items():
         lines.append(
             f"| {name} | {row['calls']} | {row['strict']:.3f} | | | {row['diversity']:.1f} | {row['clean']:.3f} |"
         )

@@ -38,7 +38,9 @@ def test_the_base_is_scored_anew_wherever_its_score_would_be_another(monkeypatch
     monkeypatch.setattr(reinforce, "read_run", lambda path: {"config": {}, "step": 1})
     preset = mini()
     others = [
-        replace(preset, prompts=replace(preset.prompts, form="short")),  # was one with the first: a dense run's base got 0
+        replace(
+            preset, prompts=replace(preset.prompts, form="short")
+        ),  # was one with the first: a dense run's base got 0
         replace(preset, prompts=replace(preset.prompts, wording="plain")),
         replace(preset, prompts=replace(preset.prompts, num_prompts=60)),
         replace(preset, eval=replace(preset.eval, seed=1)),

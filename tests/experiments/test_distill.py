@@ -8,11 +8,12 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchvision.io import read_image
 
 from experiments import distill
 from experiments.checkpoints import load_checkpoint
@@ -24,16 +25,18 @@ from experiments.distill_config import (
     MatchingConfig,
     ScoreSettings,
     StudentConfig,
+    Walk,
     lens,
 )
 from experiments.distill_objectives import critic_losses, dmd_loss, simulate, warm_loss
-from experiments.distill_score import Sampler, build_suite, paint_suite, paired_ratio
+from experiments.distill_score import Sampler, Suite, build_suite, paint_suite, paired_ratio
 from experiments.distill_state import Teacher
 from experiments.distill_update import Run
 from experiments.engine import EngineConfig
 from experiments.generate import generate
 from experiments.generate_config import GenerateConfig
 from experiments.guards import GuardConfig, RunawayError
+from experiments.pretrain_data import encode_texts
 from experiments.runs import RunConfig, read_jsonl
 from experiments.training import SettingsError
 from lensmini.checkpoints.lora import LoRA, save_lora
@@ -322,9 +325,20 @@ class TestTurbo:
         (row,) = generate(GenerateConfig(**{**options, "checkpoint": teacher}, out=root / "others"))
         assert (row["num_steps"], row["guidance_scale"], row["mu"]) == (12, 4.0, 1.8)
 
-    def test_a_student_of_fresh_noise_is_not_painted_by_euler(self, root: Path, whole: Path) -> None:
-        with pytest.raises(ValueError, match="fresh noise"):
-            generate(GenerateConfig(texts=("a red circle",), checkpoint=whole, out=root / "no"))
+    def test_generate_walks_a_student_of_fresh_noise_as_it_was_trained(self, root: Path, whole: Path) -> None:
+        options = {"texts": ("a red circle", "a blue square"), "checkpoint": whole, "height": 16, "width": 24}
+        rows = generate(GenerateConfig(**options, out=root / "fresh", seed=5))
+        model, world = load_checkpoint(whole / "step-000006", quiet=True)
+        suite = Suite([], [(16, 24)] * 2, encode_texts([row["prompt"] for row in rows], world, quiet=True))
+        seeds = [row["seed"] for row in rows]
+        how = {"num_steps": rows[0]["num_steps"], "mu": rows[0]["mu"]}
+        walked = {walk: paint_suite(model, world, suite, Sampler(walk=walk, **how), seeds) for walk in get_args(Walk)}
+        painted = [read_image(str(root / "fresh" / row["file"])) for row in rows]
+        for index, picture in enumerate(painted):
+            assert (picture.int() - walked["renoise"][index].int()).abs().max() <= 1
+            assert not torch.equal(picture, walked["euler"][index])
+        with pytest.raises(ValueError, match="guidance_scale: expected 1 for the few-step"):
+            generate(GenerateConfig(**options, guidance_scale=3.0, out=root / "no"))
 
     @pytest.mark.parametrize("walk", ["euler", "renoise"])
     def test_a_picture_depends_on_its_seed_alone(self, teacher: Path, whole: Path, walk) -> None:

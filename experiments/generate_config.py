@@ -90,8 +90,10 @@ class GenerateConfig:
     """Round as the published bf16 pipeline does, instead of exact times and latents."""
     memory: str | None = None
     """Of a pipeline: fit into a card, 8GiB, 12GiB, 16GiB or 24GiB, or auto for what is free; same pictures."""
+    strips: bool = False
+    """Of a pipeline: decode in strips of rows, the same pictures in less than half of decoding's memory."""
     compile: bool = False
-    """Of a pipeline: compile the blocks; worth it from a few pictures on."""
+    """Of a pipeline: compile the blocks and the decoder; worth it from a few pictures on."""
     fp8: bool = False
     """Of a pipeline: 8-bit linear layers on GPUs that have them; other pictures."""
     any_size: bool = False

@@ -28,7 +28,7 @@ __all__ = [
 
 _PIPELINE_ONLY = {"negative_prompt": "", "text_encoder": None, "autoencoder": None, "prompt_cache": None}
 _PIPELINE_ONLY |= {"published_bf16": False, "device": "cpu", "dtype": None, "any_size": False}
-_PIPELINE_ONLY |= {"memory": None, "compile": False, "fp8": False}
+_PIPELINE_ONLY |= {"memory": None, "strips": False, "compile": False, "fp8": False}
 
 
 class PainterConfig(Protocol):
@@ -38,6 +38,8 @@ class PainterConfig(Protocol):
     def weights(self) -> str: ...
     @property
     def mu(self) -> float | Literal["own"] | None: ...
+    @property
+    def strips(self) -> bool: ...
     @property
     def dtype(self) -> str | None: ...
     @property

@@ -132,7 +132,11 @@ class PipelinePainter:
             from lensmini.pipeline.prompt_cache import PromptCache, encoder_fingerprint
 
             config = self._config
-            options: dict[str, Any] = {"check_sizes": not config.any_size, "memory": config.memory}
+            options: dict[str, Any] = {
+                "check_sizes": not config.any_size,
+                "memory": config.memory,
+                "strips": config.strips,
+            }
             place = {"dtype": getattr(torch, config.dtype or "bfloat16"), "device": config.device}
             if self._is_transformer_alone:
                 self._loaded = _assemble(self.source, config, place, options)
@@ -158,6 +162,8 @@ class PipelinePainter:
                 quantize_fp8(self._loaded.transformer)
             if config.compile:
                 self._loaded.transformer.compile_blocks()
+                if self._loaded.autoencoder is not None:
+                    self._loaded.autoencoder.compile_decoder()
         return self._loaded
 
 

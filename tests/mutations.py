@@ -55,6 +55,7 @@ SHARDED = "tests/test_sharded.py::"
 FAST = "tests/pipeline/test_fast_paths.py::"
 OFFLOAD = "tests/pipeline/test_offload.py::"
 MEMORY = "tests/pipeline/test_memory.py::"
+STRIPS = "tests/nn/test_strips.py::"
 KERNELS = "tests/sampling/test_kernels.py"
 LIKELIHOOD = "tests/sampling/test_likelihood.py"
 ROLLOUT = "tests/sampling/test_rollout.py"
@@ -1285,6 +1286,34 @@ MUTATIONS = [
         "[index * num // streamed for index in range(streamed)]",
         "list(range(streamed))",
         (OFFLOAD + "test_streamed_modules_are_evenly_spread",),
+    ),
+    Mutation(
+        "a strip without the row above it",
+        "nn/strips.py",
+        "part = part.clone() if above is None else torch.cat([above, part], dim=2)",
+        "part = part.clone() if above is None else torch.cat([part[:, :, :1], part], dim=2)",
+        (STRIPS + "test_other_shapes_of_decoders_in_float64_are_exact",),
+    ),
+    Mutation(
+        "norms of each strip's own mean",
+        "nn/strips.py",
+        "mean = mean + gap * num / total",
+        "mean = own.double()",
+        (STRIPS + "test_other_shapes_of_decoders_in_float64_are_exact",),
+    ),
+    Mutation(
+        "variances of strips without their means' distance",
+        "nn/strips.py",
+        "square + var.double() * num + gap.square() * count * num / total",
+        "square + var.double() * num",
+        (STRIPS + "test_other_shapes_of_decoders_in_float64_are_exact",),
+    ),
+    Mutation(
+        "the spare half of a map stays",
+        "nn/strips.py",
+        "x = x.clone() if x.untyped_storage().nbytes() > x.nbytes else x",
+        "x = x",
+        (STRIPS + "test_memory_is_less_than_half",),
     ),
     Mutation(
         "one streamed block is counted",

@@ -12,6 +12,7 @@ from lensmini.nn.mlp import SwiGLU, silu_gate
 from lensmini.nn.modulation import gated_residual, modulated_norm
 from lensmini.nn.norm import RMSNorm, rms_normalise
 from lensmini.nn.rope import RotaryEmbedding3D, RotaryTable, apply_rotary
+from lensmini.nn.strips import check_decodes_in_strips, decode_in_strips
 from lensmini.nn.text_encoder import TextEncoder, pad_text
 from lensmini.nn.transformer import Captured, LensTransformer, Modulation
 
@@ -33,6 +34,8 @@ __all__ = [
     "TextEncoder",
     "TimestepEmbedding",
     "apply_rotary",
+    "check_decodes_in_strips",
+    "decode_in_strips",
     "from_uint8",
     "fuse_text_layers",
     "gated_residual",

@@ -103,6 +103,22 @@ class Autoencoder(nn.Module):
         wide = self.normalizer.denormalize(latents.to(torch.promote_types(latents.dtype, torch.float32)))
         return self.vae.decode(unpatchify(wide, self.patch_size).to(_dtype(self.vae))).sample.to(latents.dtype)
 
+    def compile_decoder(self, **options: Any) -> None:
+        """Compile the decoder in place as one graph, anew for each size of picture; keys and weights stay as they are.
+
+        Args:
+            options: of ``torch.compile``; ``fullgraph=True`` and ``dynamic=False`` by default.
+
+        Raises:
+            ValueError: if the autoencoder has no module ``decoder``.
+        """
+        decoder = getattr(self.vae, "decoder", None)
+        if not isinstance(decoder, nn.Module):
+            raise ValueError(
+                f"vae: expected a module named decoder to compile, got {type(self.vae).__name__} without one"
+            )
+        decoder.compile(**{"fullgraph": True, "dynamic": False, **options})
+
 
 def load_autoencoder(
     path_or_repo: str | Path,

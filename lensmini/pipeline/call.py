@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lensmini import __version__
-from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
+from lensmini.nn import Autoencoder, LensTransformer, TextEncoder, check_decodes_in_strips
 from lensmini.pipeline.canvas import picture_sizes
 from lensmini.pipeline.decoding import LensPipelineOutput, finish_pictures, stack_equal
 from lensmini.pipeline.folder import VARIANTS, default_sampling, load_components
@@ -60,6 +60,8 @@ class LensPipeline:
         memory: fit into a card: "auto" for what is free on the device, or "8GiB", "12GiB", "16GiB", "24GiB"; None leaves
             every part where it is. A call prints what it chose (:mod:`lensmini.pipeline.memory`); pictures do not change.
         device: where calls run under ``memory``; by default where the transformer is.
+        strips: decode in strips of rows (:mod:`lensmini.nn.strips`): the same pictures in less than half of decoding's memory.
+            ``memory`` does so by itself where it helps.
 
     Raises:
         ValueError: if the parts do not fit together, or the variant is unknown.
@@ -88,10 +90,14 @@ class LensPipeline:
         fast: bool = False,
         memory: str | None = None,
         device: torch.device | str | None = None,
+        strips: bool = False,
     ) -> None:
         if variant is not None and variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {[*VARIANTS]} or None, got {variant!r}")
         check_parts(transformer, autoencoder, None if text_encoder is None else len(text_encoder.layers))
+        if strips and autoencoder is not None:
+            check_decodes_in_strips(autoencoder.vae)
+        self.strips = strips
         self.transformer = transformer.eval()
         self.autoencoder = autoencoder
         self.text_encoder = text_encoder
@@ -124,6 +130,7 @@ class LensPipeline:
         check_sizes: bool = True,
         fast: bool = False,
         memory: str | None = None,
+        strips: bool = False,
     ) -> "LensPipeline":
         """Load a released pipeline, or one that :func:`lensmini.checkpoints.export_diffusers` wrote; no code of it runs.
 
@@ -144,6 +151,7 @@ class LensPipeline:
             fast: as in the constructor.
             memory: as in the constructor; the parts are then loaded into host memory first, except an encoder whose
                 experts stay packed.
+            strips: as in the constructor.
 
         Returns:
             The pipeline.
@@ -173,6 +181,7 @@ class LensPipeline:
             fast=fast,
             memory=memory,
             device=None if memory is None else device,
+            strips=strips,
         )
 
     @property
@@ -376,8 +385,10 @@ class LensPipeline:
             }
             for row in range(total)
         ]
+        strips = self.strips or (isinstance(phases, Placement) and phases.plan.decode_strips)
         with phases.decode():
-            images = finish_pictures(painted, self.autoencoder, output_type, metadata, published_bf16=published_bf16)
+            decoding = {"published_bf16": published_bf16, "strips": strips}
+            images = finish_pictures(painted, self.autoencoder, output_type, metadata, **decoding)
         return LensPipelineOutput(images, metadata) if return_dict else (images,)
 
     def _negative(

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lensmini.nn import Autoencoder, to_uint8, unpatchify
+from lensmini.nn import Autoencoder, decode_in_strips, to_uint8, unpatchify
 from lensmini.pipeline.picture import to_picture
 from lensmini.pipeline.published import published_denormalize
 from lensmini.shapes import check_shape
@@ -40,19 +40,22 @@ class LensPipelineOutput:
 
 
 @torch.no_grad()
-def decode_picture(autoencoder: Autoencoder, latents: Tensor, *, published_bf16: bool = False) -> Tensor:
+def decode_picture(
+    autoencoder: Autoencoder, latents: Tensor, *, published_bf16: bool = False, strips: bool = False
+) -> Tensor:
     """Decode one picture.
 
     Args:
         autoencoder: the latents' own.
         latents: ``[c, h, w]``.
         published_bf16: undo the normalisation in the dtype of the latents, as a pipeline that is bf16 throughout does.
+        strips: walk the decoder in strips of rows (:mod:`lensmini.nn.strips`): the same picture in less memory.
 
     Returns:
         ``[3, H, W]`` float32, nominally in [-1, 1].
 
     Raises:
-        ValueError: if the shape is wrong.
+        ValueError: if the shape is wrong, or the decoder is not one that can be walked in strips.
 
     Example:
         >>> from types import SimpleNamespace as Result
@@ -65,12 +68,16 @@ def decode_picture(autoencoder: Autoencoder, latents: Tensor, *, published_bf16:
     """
     check_shape("latents", latents, "c h w", c=autoencoder.channels)
     device = autoencoder.normalizer.mean.device
-    if not published_bf16:
+    if not published_bf16 and not strips:
         return autoencoder.decode(latents[None].to(device).float())[0]
     normalizer = autoencoder.normalizer
-    raw = published_denormalize(latents[None].to(device), normalizer.mean, normalizer.var, eps=normalizer.eps)
-    weights = next(autoencoder.vae.parameters())
-    return autoencoder.vae.decode(unpatchify(raw, autoencoder.patch_size).to(weights.dtype)).sample[0].float()
+    if published_bf16:
+        raw = published_denormalize(latents[None].to(device), normalizer.mean, normalizer.var, eps=normalizer.eps)
+    else:
+        raw = normalizer.denormalize(latents[None].to(device).float())
+    raw = unpatchify(raw, autoencoder.patch_size).to(next(autoencoder.vae.parameters()).dtype)
+    pictures = decode_in_strips(autoencoder.vae, raw) if strips else autoencoder.vae.decode(raw).sample
+    return pictures[0].float()
 
 
 def stack_equal(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -90,6 +97,7 @@ def finish_pictures(
     metadata: Sequence[Mapping[str, Any]],
     *,
     published_bf16: bool = False,
+    strips: bool = False,
 ) -> Any:
     """Decode pictures one after the other, so that memory is that of one.
 
@@ -99,6 +107,7 @@ def finish_pictures(
         output_type: "pil", "pt" or "np" in [0, 1], or "latent".
         metadata: for each picture how it was made; PIL images carry it.
         published_bf16: as :func:`decode_picture`.
+        strips: as :func:`decode_picture`.
 
     Returns:
         A list of PIL images; ``[b, 3, H, W]`` ("pt"), ``[b, H, W, 3]`` ("np") or ``[b, c, h, w]`` ("latent"), or lists
@@ -117,7 +126,7 @@ def finish_pictures(
         return stack_equal(latents)
     if autoencoder is None:
         raise ValueError(f'output_type: expected "latent" without an autoencoder, got {output_type!r}')
-    decoded = (decode_picture(autoencoder, x, published_bf16=published_bf16) for x in latents)
+    decoded = (decode_picture(autoencoder, x, published_bf16=published_bf16, strips=strips) for x in latents)
     if output_type == "pil":
         return [to_picture(to_uint8(x).cpu(), notes) for x, notes in zip(decoded, metadata, strict=True)]
     images = [((x + 1) / 2).clamp(0, 1).cpu() for x in decoded]

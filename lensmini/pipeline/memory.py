@@ -3,6 +3,7 @@
 Sizes are bytes; 1 GiB is 2^30. A run has three phases, encode, sample and decode, and its peak is the largest of theirs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import nn
 
 from lensmini.nn import Autoencoder, LensTransformer, TextEncoder
+from lensmini.nn.strips import decodes_in_strips
 from lensmini.nn.text_encoder import _find_decoder
 from lensmini.pipeline.schedule_modulation import modulation_layers
 
@@ -35,6 +37,8 @@ KEPT_FREE = 0.05
 """Share of the free memory that "auto" leaves alone."""
 DECODE_ELEMENTS = 768
 """Largest number of activations that decoding holds, per pixel: six maps of the decoder's 128 channels at full size."""
+STRIP_ELEMENTS = (320, 27_000)
+"""Likewise in strips of 32 rows: two and a half such maps, and per pixel of width what is made of one strip."""
 ENCODE_WORKSPACE = GIB // 2
 
 
@@ -56,6 +60,8 @@ class PartSizes(NamedTuple):
     encoder_moves: bool
     """False for packed experts, whose kernels keep their weights where they were made."""
     autoencoder: int
+    strips: bool = False
+    """Whether it can decode in strips (:mod:`lensmini.nn.strips`)."""
 
 
 class Workload(NamedTuple):
@@ -138,6 +144,8 @@ class MemoryPlan:
     """The modulation layers stay on the device; else they visit it once per schedule."""
     resident_blocks: int
     """Blocks that stay during sampling; the others are streamed in for every pass."""
+    decode_strips: bool = False
+    """Pictures are decoded in strips of rows: the same ones, in less than half of the memory."""
     decode_alone: bool = False
     """The transformer is on the host while pictures are decoded."""
 
@@ -170,6 +178,7 @@ def part_sizes(
         encoder_layers=sum(layers),
         encoder_moves=text_encoder is None or not is_packed(text_encoder),
         autoencoder=0 if autoencoder is None else _bytes(autoencoder),
+        strips=autoencoder is not None and decodes_in_strips(autoencoder.vae),
     )
 
 
@@ -214,7 +223,10 @@ def peaks(plan: MemoryPlan, sizes: PartSizes, work: Workload) -> dict[str, int]:
     table = 12 * work.dim * sizes.num_blocks * work.times * work.dtype_bytes
     features = work.text_tokens * work.text_width * (4 + 4)
     activations = work.tokens * (6 * work.dim + 3 * work.mlp_dim) * work.dtype_bytes
-    picture = (DECODE_ELEMENTS * work.dtype_bytes + 3 * 4) * work.pixels
+    elements = DECODE_ELEMENTS * work.pixels
+    if plan.decode_strips:
+        elements = STRIP_ELEMENTS[0] * work.pixels + STRIP_ELEMENTS[1] * math.isqrt(2 * work.pixels)  # at most 2 : 1
+    picture = elements * work.dtype_bytes + 3 * 4 * work.pixels
     waiting = 0 if plan.transformer_waits else transformer
     return {
         "encode": encoding + (ENCODE_WORKSPACE if sizes.encoder else 0) + waiting + sizes.autoencoder,
@@ -233,14 +245,18 @@ def _candidates(sizes: PartSizes) -> Iterator[MemoryPlan]:
     for blocks in range(sizes.num_blocks, -1, -1):
         for modulation in (True, False) if blocks == sizes.num_blocks else (False,):
             for encoder, waits in ways:
-                for alone in (False, True):
+                for strips, alone in _DECODING[sizes.strips]:
                     yield MemoryPlan(
                         encoder=encoder,  # pyright: ignore[reportArgumentType]
                         transformer_waits=waits,
                         modulation_resident=modulation,
                         resident_blocks=blocks,
+                        decode_strips=strips,
                         decode_alone=alone,
                     )
+
+
+_DECODING = {False: ((False, False), (False, True)), True: ((False, False), (True, False), (True, True))}
 
 
 def choose_plan(sizes: PartSizes, work: Workload, budget: int) -> MemoryPlan:
@@ -328,6 +344,7 @@ def describe(plan: MemoryPlan, sizes: PartSizes, need: dict[str, int]) -> str:
     parts += [] if plan.modulation_resident else ["modulation layers on the host"]
     streamed = sizes.num_blocks - plan.resident_blocks
     parts += [f"{streamed} of {sizes.num_blocks} blocks streamed"] if streamed else ["all blocks resident"]
+    parts += ["decoding in strips"] if plan.decode_strips else []
     parts += ["transformer on the host while decoding"] if plan.decode_alone else []
     phase = max(need, key=need.__getitem__)
     return f"{', '.join(parts)}; estimated peak {need[phase] / GIB:.2f} GiB ({phase})"

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lensmini.nn import LensConfig, LensTransformer
+from lensmini.nn import Autoencoder, LatentNormalizer, LensConfig, LensTransformer, decode_in_strips
 from lensmini.packed import Layout
+from lensmini.pipeline import LensPipeline
+from lensmini.pipeline import decoding as decoding_module
 from lensmini.pipeline import memory as memory_module
 from lensmini.pipeline import placement as placement_module
 from lensmini.pipeline.memory import (
@@ -27,7 +29,7 @@ from lensmini.pipeline.offload import spread
 from lensmini.pipeline.passes import FastEngine
 from lensmini.pipeline.placement import Arranger, Placement
 from tests.live_memory import LiveMemory
-from tests.pipeline.test_call import tiny_pipeline, tiny_transformer
+from tests.pipeline.test_call import tiny_encoder, tiny_pipeline, tiny_transformer
 
 PACKED = (int(12.6e9), int(0.5e9), int(11.4e9), False)
 UNPACKED = (int(40.6e9), int(1.65e9), int(39.4e9), True)
@@ -81,17 +83,20 @@ class Table:
         return self.modulation
 
 
-@pytest.mark.parametrize("side", [512, 1024])
-def test_decoding_is_estimated_from_above_and_by_no_more_than_a_tenth(monkeypatch, side):
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (1024, 1024), (736, 1472), (1472, 736)])
+@pytest.mark.parametrize("strips", [False, True], ids=["whole", "strips"])
+def test_decoding_is_estimated_from_above_and_by_no_more_than_a_tenth(monkeypatch, height, width, strips):
     diffusers = pytest.importorskip("diffusers")
     attend = lambda q, k, v, **options: torch.empty_like(q)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLFlux2().bfloat16()
+    latents = torch.empty(1, 32, height // 8, width // 8, dtype=torch.bfloat16, device="meta")
     with torch.no_grad(), LiveMemory(vae) as live:
-        vae.decode(torch.empty(1, 32, side // 8, side // 8, dtype=torch.bfloat16, device="meta"))
-    work = Workload(0, 0, side * side, 0, 1, 1, 0)
-    estimate = peaks(MemoryPlan(resident_blocks=0), PartSizes(0, 0, 0, 0, 0, 0, 0, True, 0), work)["decode"]
+        decode_in_strips(vae, latents) if strips else vae.decode(latents)
+    work = Workload(0, 0, height * width, 0, 1, 1, 0)
+    plan = MemoryPlan(resident_blocks=0, decode_strips=strips)
+    estimate = peaks(plan, PartSizes(0, 0, 0, 0, 0, 0, 0, True, 0), work)["decode"]
     assert 1.0 <= estimate / live.peak <= 1.1
 
 
@@ -180,6 +185,8 @@ def test_the_work_of_a_guided_run():
         ({"modulation_resident": False}, "sample", -1),
         ({"resident_blocks": 10}, "sample", -1),
         ({"decode_alone": True}, "decode", -1),
+        ({"decode_strips": True}, "decode", -1),
+        ({"decode_strips": True}, "sample", 0),
         ({"decode_alone": True}, "sample", 0),
         ({"transformer_waits": True}, "sample", 0),
     ],
@@ -225,6 +232,55 @@ def test_every_plan_paints_the_same_pictures(monkeypatch):
         found = pipe(**CALL).images
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), plan
         assert (pipe.text_encoder is None) == (plan.encoder == "free")
+
+
+def test_strips_come_before_the_transformer_has_to_go_and_only_where_the_decoder_knows_them():
+    sizes, work = released()._replace(encoder=0), square(1024)
+    here = peaks(MemoryPlan(resident_blocks=48), sizes, work)["decode"]
+    for strips, expected in (
+        (True, MemoryPlan(resident_blocks=48, decode_strips=True)),
+        (False, MemoryPlan(resident_blocks=48, decode_alone=True)),
+    ):
+        assert choose_plan(sizes._replace(strips=strips), work, here - 1) == expected
+    orders = [list(memory_module._candidates(sizes._replace(strips=strips))) for strips in (True, False)]
+    assert len(orders[0]) == len({*orders[0]}) == 3 * len(orders[1]) // 2
+    assert not any(plan.decode_strips for plan in orders[1])
+
+
+def convolving_pipeline(**options):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 16), norm_num_groups=4, latent_channels=4, **blocks)
+    autoencoder = Autoencoder(vae, LatentNormalizer(torch.zeros(16), torch.ones(16)), downsample=8)
+    return LensPipeline(tiny_transformer(), autoencoder, tiny_encoder(), check_sizes=False, **options)
+
+
+@pytest.mark.parametrize("published_bf16", [False, True])
+def test_a_pipeline_in_strips_paints_the_same(monkeypatch, published_bf16):
+    options, calls = {"published_bf16": published_bf16}, []
+    kept = decoding_module.decode_in_strips
+    monkeypatch.setattr(decoding_module, "decode_in_strips", lambda *a: calls.append(a[1].shape) or kept(*a))
+
+    def pipeline(**how):
+        pipe = convolving_pipeline(**how)
+        return pipe if not published_bf16 else low(pipe)
+
+    def low(pipe):
+        pipe.transformer.bfloat16()
+        return pipe
+
+    expected = pipeline()(**CALL, **options).images
+    assert not calls
+    plan = MemoryPlan(resident_blocks=2, decode_strips=True)
+    monkeypatch.setattr(placement_module, "choose_plan", lambda *_: plan)
+    for pipe in (pipeline(strips=True), pipeline(memory="8GiB", device="cpu")):
+        found = pipe(**CALL, **options).images
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(found, expected, strict=True))
+        assert len(calls) == 2
+        calls.clear()
+    with pytest.raises(ValueError, match="without decoder"):
+        tiny_pipeline(strips=True)
 
 
 def test_a_mode_says_once_what_it_chose_and_plans_anew_for_larger_work(capsys):

@@ -14,8 +14,10 @@ from experiments.runs import latest_checkpoint
 from experiments.training import read_run
 from lensmini.nn import LensConfig, LensTransformer
 
-__all__ = ["find_checkpoint", "find_stages", "load_checkpoint", "unknown_words"]
+__all__ = ["BUNDLE", "find_checkpoint", "find_stages", "load_checkpoint", "unknown_words"]
 
+BUNDLE = Path(__file__).parent / "miniature" / "pretrained"
+"""A trained miniature in the repository, see ``experiments.miniature.bundle``."""
 _RUNS = (Path("runs/quickstart"), Path("runs/mini"))
 
 
@@ -23,7 +25,8 @@ def find_checkpoint(path: Path | None) -> Path:
     """The ``step-N`` directory that a path means.
 
     Args:
-        path: such a directory, or a run, whose newest one is taken; None looks into the runs that make one.
+        path: such a directory, or a run, whose newest one is taken; None looks into the runs that make one, then into the
+            repository's own.
 
     Returns:
         The directory.
@@ -31,7 +34,7 @@ def find_checkpoint(path: Path | None) -> Path:
     Raises:
         FileNotFoundError: if there is none; the message names the command that makes one.
     """
-    for run in _RUNS if path is None else (path,):
+    for run in (*_RUNS, BUNDLE / "quickstart") if path is None else (path,):
         if (run / "run.json").is_file():
             return run
         found = latest_checkpoint(run)

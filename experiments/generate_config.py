@@ -28,7 +28,7 @@ class GenerateConfig:
     """File with one prompt per line, or .jsonl with prompt, negative_prompt, height, width, seed; - is standard input."""
     checkpoint: Path | None = None
     """A run (its newest step-N) or a step-N directory; a pipeline or transformer folder, a .safetensors file, a Hub
-    repository; by default runs/quickstart, else runs/mini."""
+    repository; by default runs/quickstart, else runs/mini, else the trained one of this repository."""
     compare: tuple[Path, Path] | None = None
     """Two checkpoints instead of one: the same prompts, sizes and noise with both, side by side on the grid."""
     weights: Literal["ema", "model"] = "ema"

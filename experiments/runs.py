@@ -356,6 +356,10 @@ def cached_stage(
         False
     """
     path = Path(root) / f"{name}-{config_hash(config)}"
+    if path.is_dir():  # whole, since it came by a rename; nothing is written beside it then
+        if not quiet:
+            print(f"{name}: reused from {path}", flush=True)
+        return path, True
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         # The lock goes with the process, so that a kill leaves none behind.

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from experiments import generate as script
-from experiments import painters, picture_store, pictures
+from experiments import checkpoints, painters, picture_store, pictures
 from experiments.generate import GenerateConfig, find_checkpoint, generate, load_checkpoint, read_config
 from experiments.miniature.autoencoder import train_autoencoder
 from experiments.miniature.world import prepare_miniature
@@ -230,6 +230,7 @@ def test_without_a_checkpoint_the_message_names_the_command_that_makes_one(tmp_p
     with pytest.raises(FileNotFoundError, match="python -m experiments.quickstart"):
         find_checkpoint(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "BUNDLE", tmp_path / "none")
     with pytest.raises(SystemExit, match="runs/quickstart or runs/mini.*python -m experiments.quickstart"):
         script.cli(["a red circle"])
 

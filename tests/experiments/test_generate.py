@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import generate as script
 from experiments import checkpoints, painters, picture_store, pictures
+from experiments import generate as script
 from experiments.generate import GenerateConfig, find_checkpoint, generate, load_checkpoint, read_config
 from experiments.miniature.autoencoder import train_autoencoder
 from experiments.miniature.world import prepare_miniature

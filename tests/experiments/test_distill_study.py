@@ -60,6 +60,26 @@ def test_ratios_are_to_the_guided_teacher_and_to_the_start(finished: DistillStud
     assert "right" not in json.dumps(result["teacher"])
 
 
+def test_the_student_of_the_base_is_compared_with_the_base(
+    finished: DistillStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {None: "start", Path("rl"): "teacher"}
+    monkeypatch.setattr(
+        study, "teacher_row", lambda config, teacher, sampler: row(RIGHT[rows[config.teacher]], sampler.calls)
+    )
+    student = {"student": row(RIGHT["start"]), "provenance": {"commit": "abc"}, "step": 40, "cpu_seconds": 90.0}
+    write_json(finished.out / "before_rl-0" / "summary.json", student)
+    result = summarise(DistillStudy(out=finished.out, teacher=Path("rl")))
+    assert (
+        result["arms"]["before_rl"]["ratio"]["value"] == 1.0
+        and result["arms"]["main"]["ratio_by_seed"]["1"]["value"] == 1.0
+    )
+    strict = [result[name][study.REFERENCE]["strict"] for name in ("teacher", "teacher_before_rl")]
+    assert strict == [0.5, 0.75]
+    study.write_table(result, finished.out / "t.md")
+    assert "before RL: teacher, 20 guided steps" in (finished.out / "t.md").read_text()
+
+
 def test_a_seed_below_the_goal_is_not_reproduced(finished: DistillStudy) -> None:
     path = finished.out / "main-2" / "summary.json"
     write_json(path, {**json.loads(path.read_text()), "student": row(RIGHT["bad"])})

@@ -1,5 +1,6 @@
 """Grids of pictures with their captions underneath."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ def _fonts(size: int) -> list[Any]:
 
 def save_grid(pictures: Sequence[Tensor], captions: Sequence[str], path: Path, *, columns: int = 6) -> None:
     """Write :func:`grid_image` as a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     grid_image(pictures, captions, columns=columns).save(temporary, format="PNG")
     temporary.replace(path)

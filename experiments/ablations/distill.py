@@ -12,7 +12,7 @@ same noise. Finished runs are kept, so that the same command goes on; ``OUT/dist
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def summarise(study: DistillStudy) -> dict[str, Any]:
         if found:
             start = f"teacher, {next(iter(found.values()))['student']['calls']} steps".replace("1 steps", "1 step")
             if arm in BEFORE_RL and study.teacher is not None:
-                own = earlier = teacher_rows(arm_config(study, arm, 0))
+                own = earlier = teacher_rows(arm_config(study, arm, 0), (REFERENCE, start))
             else:
                 own = rows
             arms[arm] = _describe(study, arm, found, own[REFERENCE]["right"], own[start]["right"])
@@ -148,10 +148,11 @@ def summarise(study: DistillStudy) -> dict[str, Any]:
     }
 
 
-def teacher_rows(config: DistillConfig) -> dict[str, dict[str, Any]]:
+def teacher_rows(config: DistillConfig, names: Collection[str] = tuple(TEACHERS)) -> dict[str, dict[str, Any]]:
     """The teacher of a run at several steps; without guidance it walks as the student does, which is where that starts."""
     teacher, rows = Teacher(config, torch.device("cpu")), {}
-    for name, (steps, guidance) in TEACHERS.items():
+    for name in names:
+        steps, guidance = TEACHERS[name]
         scale = config.score.teacher_guidance if guidance is None else guidance
         walk = "euler" if steps == 20 or scale != 1 else config.student.walk
         sampler = Sampler(num_steps=steps, guidance_scale=scale, mu=config.score.mu, walk=walk)

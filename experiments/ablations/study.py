@@ -341,6 +341,10 @@ def main(study: Study, options: StudyConfig) -> dict[str, Any]:
         print(describe_full(study, arms) if options.full else describe_mini(study, options, arms))
         return {}
     if options.full:
+        if untrained := [arm for arm in arms if study.arms[arm].existing is not None]:
+            raise ValueError(
+                f"full: expected arms that train, got {untrained}, which a finished run (--checkpoint) sits"
+            )
         for arm, seed in [(arm, seed) for arm in arms for seed in options.seeds]:
             for config in full_parts(study, arm, out=options.out.parent, seed=seed):
                 pretrain.main(config)

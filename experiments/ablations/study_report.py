@@ -325,7 +325,8 @@ def describe_mini(study: Study, options: StudyConfig, arms: Sequence[str]) -> st
 def describe_full(study: Study, arms: Sequence[str]) -> str:
     """A row for each part of each arm at full scale, and what each changes."""
     rows, total = [], 0.0
-    for arm in arms:
+    trained = [arm for arm in arms if study.arms[arm].existing is None]
+    for arm in trained:
         parts = full_parts(study, arm)
         for number, config in enumerate(parts):
             cost = full_cost(config)
@@ -339,7 +340,8 @@ def describe_full(study: Study, arms: Sequence[str]) -> str:
     rent = RentConfig(gpus=GPUS)
     head = f"{study.question} At full scale on {GPUS} A100, {rent.mfu:.0%} of the peak ASSUMED, encoders included:"
     lines = [table(head, ["arm", "parameters", "steps", "images", "training FLOPs", "A100-hours"], rows)]
-    lines += [f"{arm}: {_told(study.arms[arm].full)}" for arm in arms]
+    lines += [f"{arm}: {_told(study.arms[arm].full)}" for arm in trained]
+    lines += [f"{arm}: a finished run sits the exams, nothing is trained" for arm in arms if arm not in trained]
     return "\n".join(lines)
 
 

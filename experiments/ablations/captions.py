@@ -1,4 +1,4 @@
-"""Are dense captions better to train on than brief ones, or than both in turn (arXiv 2605.21573, 2.3, figure 4)?
+"""Are dense captions better to train on than brief ones, or than both in turn (arXiv 2605.21573, figure 4)?
 
     python -m experiments.ablations.captions                      four arms, three seeds: about two CPU-hours, on two cores one
     python -m experiments.ablations.captions --arms dense brief   some; the same command goes on
@@ -44,7 +44,7 @@ def _arm(density: str, *, text_tokens: int, compute_of: str | None = None) -> Ar
 STUDY = Study(
     name="captions",
     question="Are dense captions better to train on than brief or mixed ones, at equal steps and at equal compute?",
-    paper="2.3 and figure 4: detailed beats mixed and brief on GenEval over steps; one run each, values not in the text",
+    paper="figure 4: detailed beats mixed and brief on GenEval over steps; one run each, values not in the text",
     arms={
         "dense": _arm("dense", text_tokens=150),
         "brief": _arm("brief", text_tokens=20),

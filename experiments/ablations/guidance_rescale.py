@@ -1,4 +1,4 @@
-"""Does restoring the norms after guidance keep colours whole, and what does it cost (arXiv 2605.21573, 5, inference)?
+"""Does restoring the norms after guidance keep colours whole, and what does it cost (arXiv 2605.21573)?
 
     python -m experiments.ablations.guidance_rescale                      five scales, with and without; paints only
     python -m experiments.ablations.guidance_rescale --seeds 0            one seed of the noise

@@ -1,4 +1,4 @@
-"""Which time shift is best to paint with, and to train with (arXiv 2605.21573, 5: training and inference have different ones)?
+"""Which time shift is best to paint with, and to train with (arXiv 2605.21573 has different ones)?
 
     python -m experiments.ablations.timestep_shift --arms base           shifts of painting alone: nothing is trained
     python -m experiments.ablations.timestep_shift                       and three of training, three seeds: hours
@@ -34,7 +34,7 @@ def _trained(mu: float) -> Arm:
 STUDY = Study(
     name="timestep_shift",
     question="Which time shift is best to train with, and which to paint with?",
-    paper="5 and the released pipeline: both are given, neither is compared",
+    paper="the paper and the released pipeline give both and compare neither",
     arms={
         "base": Arm(existing=Path("runs/quickstart")),
         "trained_0": _trained(0.0),

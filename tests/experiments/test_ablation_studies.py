@@ -100,7 +100,7 @@ class TestRule:
         claim, ends = replace(self.claim, kind=kind), [sorted(seeds), sorted(prompts)]
         gap = {"interval_seeds": ends[0], "interval_prompts": ends[1], "levels": [0.4, 0.3]}
         above, below = all(low > 0 for low, _ in ends), all(high < 0 for _, high in ends)
-        within = all(-0.05 < low and high < 0.05 for low, high in ends)
+        within = all(low > -0.05 and high < 0.05 for low, high in ends)
         if kind == "greater":
             expected = "supported" if above else "refuted" if all(high < 0.05 for _, high in ends) else "undecided"
         else:

@@ -1073,6 +1073,7 @@ EXCLUDED = {
     "lensmini.data.pictures.Picture": "a record of a tensor; tests/data/test_pictures.py",
     "lensmini.data.pictures.encode_picture": "a picture to bytes of a file; tests/data/test_pictures.py",
     "lensmini.data.collate.Sample": "a record of tensors without operations",
+    "lensmini.nn.strips.decode_in_strips": "walks a diffusers decoder; tests/nn/test_strips.py has its laws",
     "lensmini.pipeline.decoding.decode_picture": "wraps a diffusers decoder; tests/pipeline/test_call.py",
     "lensmini.pipeline.decoding.finish_pictures": "returns pictures; tests/pipeline/test_call.py",
     "lensmini.pipeline.decoding.stack_equal": "stacks or lists, no arithmetic",

@@ -40,6 +40,7 @@ DECODE_ELEMENTS = 768
 STRIP_ELEMENTS = (320, 27_000)
 """Likewise in strips of 32 rows: two and a half such maps, and per pixel of width what is made of one strip."""
 ENCODE_WORKSPACE = GIB // 2
+_DECODING = {False: ((False, False), (False, True)), True: ((False, False), (True, False), (True, True))}
 
 
 class PartSizes(NamedTuple):
@@ -223,9 +224,9 @@ def peaks(plan: MemoryPlan, sizes: PartSizes, work: Workload) -> dict[str, int]:
     table = 12 * work.dim * sizes.num_blocks * work.times * work.dtype_bytes
     features = work.text_tokens * work.text_width * (4 + 4)
     activations = work.tokens * (6 * work.dim + 3 * work.mlp_dim) * work.dtype_bytes
-    elements = DECODE_ELEMENTS * work.pixels
-    if plan.decode_strips:
-        elements = STRIP_ELEMENTS[0] * work.pixels + STRIP_ELEMENTS[1] * math.isqrt(2 * work.pixels)  # at most 2 : 1
+    widest = math.isqrt(2 * work.pixels)  # at most 2 : 1
+    strips = STRIP_ELEMENTS[0] * work.pixels + STRIP_ELEMENTS[1] * widest
+    elements = strips if plan.decode_strips else DECODE_ELEMENTS * work.pixels
     picture = elements * work.dtype_bytes + 3 * 4 * work.pixels
     waiting = 0 if plan.transformer_waits else transformer
     return {
@@ -247,16 +248,9 @@ def _candidates(sizes: PartSizes) -> Iterator[MemoryPlan]:
             for encoder, waits in ways:
                 for strips, alone in _DECODING[sizes.strips]:
                     yield MemoryPlan(
-                        encoder=encoder,  # pyright: ignore[reportArgumentType]
-                        transformer_waits=waits,
-                        modulation_resident=modulation,
-                        resident_blocks=blocks,
-                        decode_strips=strips,
-                        decode_alone=alone,
-                    )
-
-
-_DECODING = {False: ((False, False), (False, True)), True: ((False, False), (True, False), (True, True))}
+                        encoder=encoder, transformer_waits=waits, modulation_resident=modulation,  # pyright: ignore
+                        resident_blocks=blocks, decode_strips=strips, decode_alone=alone,
+                    )  # fmt: skip
 
 
 def choose_plan(sizes: PartSizes, work: Workload, budget: int) -> MemoryPlan:

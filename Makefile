@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.lensmini-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help setup quickstart test test-slow lint format bench docs peers clean
+.PHONY: help setup quickstart test test-slow lint format bench ablations docs peers clean
 
 help:
 	@echo "make setup       create $(VENV) and install the package with its extras"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff format and fix"
 	@echo "make bench       speed against peers"
+	@echo "make ablations   every study of the miniature, hours; goes on after any stop"
 	@echo "make docs        the documentation as a site, site/docs"
 	@echo "make peers       create .venv-peers for two benchmarks (6 GB: streaming's pins clash with ours)"
 
@@ -66,6 +67,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.generate_cpu
 	$(BIN)/python -m benchmarks.generate_gpu
 	$(BIN)/python -m benchmarks.profile_generate
+
+ablations: setup
+	$(BIN)/python -m experiments.ablations.all
 
 docs: setup
 	$(BIN)/python -m mkdocs build --strict --quiet

@@ -1,9 +1,11 @@
 """Ablation studies: arms change what they say, verdicts follow the rule, equal costs are equal, runs are shared and kept."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import pretrain
+from experiments.ablations import all as suite
 from experiments.ablations import captions, guidance_rescale, timestep_shift
 from experiments.ablations.study import Arm, Claim, Study, StudyConfig, arm_parts, changed, full_parts, main
 from experiments.ablations.study_cost import step_flops
@@ -136,6 +139,27 @@ def test_wrong_designs_and_orders_are_refused(tmp_path: Path) -> None:
         main(guidance_rescale.STUDY, options(tmp_path, full=True))
     with pytest.raises(ValueError, match="expected a finished run"):
         main(guidance_rescale.STUDY, options(tmp_path, checkpoint=tmp_path / "none"))
+
+
+def test_the_suite_knows_every_study_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        called.append(command[2])
+        return SimpleNamespace(returncode=int(command[2].endswith("captions")))
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    assert suite.main(suite.AllConfig(dry_run=True)) == [] and not called
+    assert "hours on two cores" in capsys.readouterr().out
+    assert suite.main(suite.AllConfig()) == ["captions"]
+    assert called == [one.arguments[0] for one in suite.COMMANDS.values()]
+    assert all(importlib.util.find_spec(module) for module in called)
+    scripts = {path.stem for path in Path(suite.__file__).parent.glob("*.py") if "cli(STUDY)" in path.read_text()}
+    assert scripts == set(STUDIES) <= set(suite.COMMANDS)
+    with pytest.raises(ValueError, match="only: expected some of"):
+        suite.AllConfig(only=("nothing",))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@
     python -m experiments.ablations.all                    all that is missing; the same command goes on after any stop
     python -m experiments.ablations.all --only rl captions
 
-Each command keeps its finished runs, so that a second call takes minutes. Results lie in ``runs/NAME/NAME.json`` or the study's own
+Each command keeps its finished runs, so that a second call takes minutes. Results lie under ``runs``, in the study's own
 place, and are copied into ``experiments/results`` by whoever has looked at them.
 """
 

@@ -163,7 +163,8 @@ def ocr_judge(
 def rapid_reader(**options: Any) -> ReadText:
     """PaddleOCR's models for Chinese and English in ONNX, as they come inside the package rapidocr-onnxruntime.
 
-    Nothing is downloaded; other languages need other models, whose paths go in as options.
+    Nothing is downloaded; other languages need other models, whose paths go in as options. It reads letters well and spaces
+    less so: now and then it joins the words of a line.
 
     Args:
         options: of ``rapidocr_onnxruntime.RapidOCR``.
@@ -181,7 +182,7 @@ def rapid_reader(**options: Any) -> ReadText:
     try:
         from rapidocr_onnxruntime import RapidOCR
     except ImportError as error:
-        raise ImportError("reading text needs a reader: pip install rapidocr-onnxruntime, or give your own") from error
+        raise ImportError("reading text needs a reader: pip install rapidocr-onnxruntime (extra ocr), or give your own") from error
     engine = RapidOCR(**options)
 
     def read(image: Tensor) -> list[FoundText]:

@@ -182,7 +182,9 @@ def rapid_reader(**options: Any) -> ReadText:
     try:
         from rapidocr_onnxruntime import RapidOCR
     except ImportError as error:
-        raise ImportError("reading text needs a reader: pip install rapidocr-onnxruntime (extra ocr), or give your own") from error
+        raise ImportError(
+            "reading text needs a reader: pip install rapidocr-onnxruntime (extra ocr), or give your own"
+        ) from error
     engine = RapidOCR(**options)
 
     def read(image: Tensor) -> list[FoundText]:

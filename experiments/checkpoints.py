@@ -14,10 +14,14 @@ from experiments.runs import latest_checkpoint
 from experiments.training import read_run
 from lensmini.nn import LensConfig, LensTransformer
 
-__all__ = ["BUNDLE", "find_checkpoint", "find_stages", "load_checkpoint", "unknown_words"]
+__all__ = ["BUNDLE", "EXAMPLE", "find_checkpoint", "find_stages", "load_checkpoint", "unknown_words"]
 
 BUNDLE = Path(__file__).parent / "miniature" / "pretrained"
 """A trained miniature in the repository, see ``experiments.miniature.bundle``."""
+EXAMPLE = (
+    "two shapes on a gray background . a big red circle at the upper left . a small blue square at the lower right ."
+)
+"""A prompt in the form of the miniature's dense captions: number and background, then each object with size and place."""
 _RUNS = (Path("runs/quickstart"), Path("runs/mini"))
 
 

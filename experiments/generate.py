@@ -88,6 +88,7 @@ def stream(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         if negative and not painter.takes_negatives:
             raise ValueError(f"negative_prompt: expected none (prompt {negative}), since {painter.name} is no pipeline")
         _report_unknown(prompts, painter)
+        _report_bare(prompts, painter)
     with claim(config.out, config.part):
         yield from _fill(painters, [_rows(prompts, config, painters, index) for index in range(len(painters))], config)
 
@@ -212,6 +213,18 @@ def _report_unknown(prompts: Prompts, painter: Painter) -> None:
         print(f"and {told - _REPORTED} more prompts have such words", file=sys.stderr)
     if told:
         print(f"it knows: {' '.join(known)}", file=sys.stderr)
+
+
+def _report_bare(prompts: Prompts, painter: Painter) -> None:
+    """A description has a sentence for the whole and one for each object."""
+    if not painter.example:
+        return
+    bare = [
+        item["prompt"] for item in prompts if len([part for part in item["prompt"].split(" .") if part.strip()]) < 2
+    ]
+    if bare:
+        first = bare[0] if len(bare) == 1 else f"{bare[0]!r} and {len(bare) - 1} more"
+        print(f"bare requests are not followed ({first}); describe the picture: {painter.example}", file=sys.stderr)
 
 
 def _label(row: dict[str, Any], config: GenerateConfig) -> str:

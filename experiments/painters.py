@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from experiments.checkpoints import find_checkpoint, load_checkpoint, unknown_words
+from experiments.checkpoints import EXAMPLE, find_checkpoint, load_checkpoint, unknown_words
 from experiments.runs import latest_checkpoint
 from experiments.scoring import paint_prompts
 from experiments.training import read_run
@@ -113,6 +113,11 @@ class Painter(Protocol):
         """Refuse a size, with a ValueError, before anything is painted."""
         ...
 
+    @property
+    def example(self) -> str:
+        """A full description, if it follows nothing shorter, else nothing."""
+        ...
+
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of a prompt that mean nothing to the checkpoint."""
         ...
@@ -150,7 +155,9 @@ class RunPainter:
         self.name = path.as_posix()
         self.model, self.world = load_checkpoint(path, config.weights)
         # A distilled student says how it samples; pre-trained runs do not.
-        self.sampling: dict[str, Any] = read_run(path).get("sampling", {})
+        run = read_run(path)
+        self.sampling: dict[str, Any] = run.get("sampling", {})
+        self.example = EXAMPLE if run["config"].get("data", {}).get("density") == "dense" else ""
         self.digest = hashlib.sha256((path / f"{config.weights}.safetensors").read_bytes()).hexdigest()[:12]
         mu = self.sampling.get("mu", 1.8) if config.mu == "own" else config.mu
         self.fields = {"mu": mu, "weights": config.weights, "weights_sha256": self.digest, **lora_row(config)}

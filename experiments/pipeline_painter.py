@@ -26,6 +26,7 @@ class PipelinePainter:
     """Anything that ``LensPipeline.from_pretrained`` reads; loaded when the first picture is wanted."""
 
     takes_negatives = True
+    example = ""
 
     def __init__(self, path: Path, config: PainterConfig) -> None:
         if config.mu is not None:

@@ -1,6 +1,6 @@
 """A finished miniature run made small enough for the repository, so that pictures need no training.
 
-    python -m experiments.miniature.bundle                     runs/quickstart into experiments/miniature/pretrained
+    python -m experiments.miniature.bundle runs/quickstart     into experiments/miniature/pretrained
     python -m experiments.generate mini "a red circle ..."     paints with it where no run is there
 
 The averaged weights, the language model and the autoencoder, byte for byte, in the same places as under ``runs/``: whatever
@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,10 +40,10 @@ _SCORES = (
 class BundleConfig:
     """Which run, and where to."""
 
-    run: Path = Path("runs/quickstart")
+    run: Annotated[Path, tyro.conf.Positional] = Path("runs/quickstart")
     """A finished run of ``experiments.quickstart``; its language model and autoencoder lie beside it."""
     out: Path = BUNDLE
-    """Directory of the bundle; an older one is replaced."""
+    """Directory of the bundle; an older one is replaced, anything else is left alone."""
 
 
 def main(config: BundleConfig) -> dict[str, Any]:
@@ -57,8 +57,10 @@ def main(config: BundleConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the run, its summary or a part beneath is not there.
-        ValueError: if the bundle would be larger than 15 MB.
+        ValueError: if the bundle would be larger than 15 MB, or ``out`` is there and no bundle.
     """
+    if config.out.exists() and not (config.out / "bundle.json").is_file():
+        raise ValueError(f"out: expected no directory yet or an older bundle, got {config.out}")
     step = find_checkpoint(config.run)
     beneath, root = find_stages(step)
     copies = {Path(step.parent.name, step.name, name): step / name for name in _KEPT}
@@ -80,8 +82,6 @@ def main(config: BundleConfig) -> dict[str, Any]:
         "commit": run["provenance"]["commit"],
         "score": {name: summary[name] for name in _SCORES if name in summary},
     }
-    if config.out.exists():
-        shutil.rmtree(config.out)
     with atomic_directory(config.out) as directory:
         for name, path in copies.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -91,5 +91,8 @@ def main(config: BundleConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = main(tyro.cli(BundleConfig, prog="python -m experiments.miniature.bundle"))
+    try:
+        found = main(tyro.cli(BundleConfig, prog="python -m experiments.miniature.bundle"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"bundle: {error}") from None
     print(f"{len(found['files'])} files, {found['bytes'] / 1e6:.2f} MB")

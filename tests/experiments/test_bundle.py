@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torchvision.io import read_image
 
-from experiments.checkpoints import BUNDLE, find_checkpoint, load_checkpoint
+import experiments
+from experiments.checkpoints import BUNDLE, EXAMPLE, find_checkpoint, load_checkpoint
 from experiments.generate import generate
 from experiments.generate_config import GenerateConfig
 from experiments.miniature import bundle as bundle_module
@@ -49,6 +53,20 @@ def test_it_paints_where_there_is_nothing_else_and_nothing_is_written_beside_it(
     assert set(files(BUNDLE)) == before
 
 
+def test_the_command_paints_in_a_process_and_place_of_its_own_and_says_how_to_ask(elsewhere: Path) -> None:
+    dense = "one shape on a black canvas . a big green plus at the bottom right ."
+    command = [sys.executable, "-m", "experiments.generate", "mini", "a green cross", dense, "--out", "pictures"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(experiments.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
+    (told,) = [line for line in done.stderr.splitlines() if "bare request" in line]
+    assert "(a green cross)" in told and told.endswith(EXAMPLE)
+    # Green where the caption puts it, black everywhere else.
+    picture = read_image(elsewhere / "pictures" / "00001.png").float()
+    green = picture[1] - picture[[0, 2]].amax(0)
+    assert green[16:, 16:].amax() > 80 and max(green[:16].amax(), green[:, :16].amax()) < 60
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["pictures"]
+
+
 def test_a_run_of_ones_own_comes_first(elsewhere: Path) -> None:
     assert find_checkpoint(None).is_relative_to(BUNDLE)
     own = elsewhere / "runs" / "quickstart" / "step-000003"
@@ -80,9 +98,20 @@ def test_a_bundle_of_the_bundle_is_the_bundle(tmp_path: Path, monkeypatch: pytes
     assert load_file(next((tmp_path / "again").rglob("ema.safetensors")))
     main(BundleConfig(run=tmp_path / "again" / "quickstart", out=tmp_path / "third"))
     next((tmp_path / "again").glob("autoencoder-*")).rename(tmp_path / "gone")
+    assert files(tmp_path / "third") == files(BUNDLE)
+    main(BundleConfig(run=tmp_path / "third" / "quickstart", out=tmp_path / "third"))  # onto itself
+    assert files(tmp_path / "third") == files(BUNDLE)
     with pytest.raises(FileNotFoundError, match="expected autoencoder-"):
         main(BundleConfig(run=tmp_path / "again" / "quickstart", out=tmp_path / "no"))
     monkeypatch.setattr(bundle_module, "LIMIT", 1000)
     with pytest.raises(ValueError, match="at most 1,000 bytes"):
         main(BundleConfig(run=BUNDLE / "quickstart", out=tmp_path / "no"))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_directory_that_is_no_bundle_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="out: expected no directory yet or an older bundle, got"):
+        main(BundleConfig(run=BUNDLE / "quickstart", out=tmp_path / "home"))
+    assert files(tmp_path / "home") == {"letter.txt": b"dear"}

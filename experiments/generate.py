@@ -219,12 +219,15 @@ def _report_bare(prompts: Prompts, painter: Painter) -> None:
     """A description has a sentence for the whole and one for each object."""
     if not painter.example:
         return
-    bare = [
-        item["prompt"] for item in prompts if len([part for part in item["prompt"].split(" .") if part.strip()]) < 2
-    ]
-    if bare:
-        first = bare[0] if len(bare) == 1 else f"{bare[0]!r} and {len(bare) - 1} more"
-        print(f"bare requests are not followed ({first}); describe the picture: {painter.example}", file=sys.stderr)
+    first, number = "", 0
+    for item in prompts:
+        if sum(1 for part in item["prompt"].split(" .") if part.strip()) < 2:
+            first, number = first or item["prompt"], number + 1
+    if number:
+        others = f" and {number - 1} more" if number > 1 else ""
+        print(
+            f"bare requests are not followed ({first!r}{others}); describe it like: {painter.example}", file=sys.stderr
+        )
 
 
 def _label(row: dict[str, Any], config: GenerateConfig) -> str:

@@ -59,7 +59,7 @@ def test_the_command_paints_in_a_process_and_place_of_its_own_and_says_how_to_as
     environment = {**os.environ, "PYTHONPATH": str(Path(experiments.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
     (told,) = [line for line in done.stderr.splitlines() if "bare request" in line]
-    assert "(a green cross)" in told and told.endswith(EXAMPLE)
+    assert "('a green cross')" in told and told.endswith(EXAMPLE)
     # Green where the caption puts it, black everywhere else.
     picture = read_image(elsewhere / "pictures" / "00001.png").float()
     green = picture[1] - picture[[0, 2]].amax(0)

@@ -11,7 +11,8 @@
 ``OUT/images`` has the folders that the official scorer reads (``experiments.evaluation.layouts``), ``OUT/pictures`` what
 ``experiments.generate`` painted, ``OUT/result.json`` all numbers with their provenance. The same command again paints only
 what is missing. Rows: "own" is our scorer with the named detector or reader, "official" what the official one wrote, the
-others are printed in the paper; own numbers are not the benchmark's. ``docs/evaluate.md`` has a command for each table.
+others are printed in the paper; own numbers are not the benchmark's. ``parts`` has the own scores
+by size, category, length or folder. ``docs/evaluate.md`` has a command for each table.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from experiments.checkpoints import find_checkpoint
 from experiments.evaluate_config import PRESETS, EvaluateConfig
+from experiments.evaluation.breakdowns import mean_diversity, missing_pictures
 from experiments.evaluation.detectors import clip_colours, open_detector, pixel_colours
 from experiments.evaluation.layouts import load_picture, write_layout
 from experiments.evaluation.official import read_official
@@ -118,23 +120,28 @@ def _public(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
         refused = len(prompts) - len(painted)
         written = write_layout(benchmark, prompts, painted, config.out / "images", config.model_name)
         print(f"evaluate: {written} new files in {config.out / 'images'}", flush=True)
+    layout = (benchmark, prompts, config.out / "images", number, config.model_name)
+    missing = missing_pictures(*layout)
     rows: dict[str, dict[str, float]] = {}
     if (own := _own(config, benchmark, prompts)) is not None:
-        rows["own"], lines = own
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        rows["own"] = own.row
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in own.lines)
         (config.out / "own.jsonl").write_text(text, encoding="utf-8")
     if config.results is not None:
         options: dict[str, Any] = {"model": config.model_name, "language": config.language}
         rows["official"] = read_official(benchmark, config.results, **options)
     paper = paper_rows(benchmark, config.language)
     print(format_rows(paper | rows))
+    for name, parts in ({} if own is None else own.parts).items():
+        print(f"own, by {name}\n{format_rows(parts)}")
     wanted = PROMPTS.get((benchmark, config.language))
     return {
         "benchmark": benchmark,
         "language": config.language,
         "num_prompts": len(prompts),
-        "whole": wanted in (None, len(prompts)) and not file.bad and not refused,
+        "whole": wanted in (None, len(prompts)) and not file.bad and not refused and not missing,
         "refused": refused,
+        "missing_files": missing,
         "weights_sha256": next(iter(weights), None),
         "bad": dict(file.bad),
         "images_per_prompt": number,
@@ -142,6 +149,8 @@ def _public(config: EvaluateConfig, benchmark: Benchmark) -> dict[str, Any]:
         "colours": config.colours if config.detector is not None else None,
         "reader": config.reader,
         "rows": rows,
+        "parts": {} if own is None else own.parts,
+        "diversity": mean_diversity(*layout),
         "paper": paper,
     }
 
@@ -159,12 +168,14 @@ def _read(config: EvaluateConfig, benchmark: Benchmark) -> PromptFile:
 
 
 def _requests(prompts: Sequence[BenchmarkPrompt], config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Every prompt has seeds of its own, or all would share their few noises."""
-    number = config.num_images_per_prompt
-    return [
-        {"prompt": prompt.prompt, "seed": config.seed + number * index, "key": prompt.key}
-        for index, prompt in enumerate(prompts)
-    ]
+    """Every prompt has seeds of its own, or all would share their few noises; canvases are taken in turn."""
+    number, sizes = config.num_images_per_prompt, config.canvases
+    requests: list[dict[str, Any]] = []
+    for index, prompt in enumerate(prompts):
+        request = {"prompt": prompt.prompt, "seed": config.seed + number * index, "key": prompt.key}
+        size = dict(zip(("height", "width"), sizes[index % len(sizes)], strict=True)) if sizes else {}
+        requests.append(request | size)
+    return requests
 
 
 def _paint(config: EvaluateConfig, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

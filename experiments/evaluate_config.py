@@ -26,8 +26,8 @@ class EvaluateConfig(GenerateConfig):
     """Not here: prompts are the benchmark's."""
     compare: tyro.conf.Suppress[tuple[Path, Path] | None] = None
     """Not here: evaluate two checkpoints one after the other."""
-    canvases: tyro.conf.Suppress[tuple[tuple[int, int], ...]] = ()
-    """Not here."""
+    canvases: tuple[tuple[int, int], ...] = ()
+    """Not of the scenes: heights and widths that the prompts take in turn, for scores by size, instead of one for all."""
     negative_prompt: tyro.conf.Suppress[str] = ""
     """Not here."""
     language: Language = "en"
@@ -65,8 +65,8 @@ class EvaluateConfig(GenerateConfig):
 
     def __post_init__(self) -> None:
         GenerateConfig.__post_init__(self)
-        if self.texts or self.compare is not None or self.canvases or self.negative_prompt:
-            raise ValueError("texts, compare, canvases, negative_prompt: expected none, prompts are the benchmark's")
+        if self.texts or self.compare is not None or self.negative_prompt:
+            raise ValueError("texts, compare, negative_prompt: expected none, prompts are the benchmark's")
         for name, least in (("num_prompts", 12), ("variety", 1), ("text_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
@@ -80,7 +80,8 @@ class EvaluateConfig(GenerateConfig):
     def painting(self, prompts: Path) -> GenerateConfig:
         """How ``experiments.generate`` is to paint a file of requests into OUT/pictures."""
         shared = {field.name: getattr(self, field.name) for field in fields(GenerateConfig)}
-        return GenerateConfig(**{**shared, "prompts": prompts, "out": self.out / "pictures"})
+        # Requests have sizes of their own then; generate would paint every prompt on every canvas.
+        return GenerateConfig(**{**shared, "prompts": prompts, "out": self.out / "pictures", "canvases": ()})
 
     def _check_benchmark(self) -> None:
         for name, where in (("detector", ("geneval",)), ("reader", ("longtext", "cvtg", "oneig"))):
@@ -94,8 +95,10 @@ class EvaluateConfig(GenerateConfig):
             raise ValueError(f"language: expected en, since {self.benchmark} has no other, got {self.language}")
         if self.benchmark != "scenes":
             check_number(self.benchmark, self.num_images_per_prompt)
-        elif self.prompts is not None or self.results is not None or self.painted or self.num_images_per_prompt != 1:
-            raise ValueError("prompts, results, painted, num_images_per_prompt: expected none for the scene suite")
+        elif self.prompts or self.results or self.painted or self.canvases or self.num_images_per_prompt != 1:
+            raise ValueError(
+                "prompts, results, painted, canvases, num_images_per_prompt: expected none for the scene suite"
+            )
 
 
 def scenes() -> EvaluateConfig:

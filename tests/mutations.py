@@ -66,6 +66,7 @@ MISSING = "tests/objectives/test_policy_properties.py"
 PROMPTING = "tests/prompting/"
 REINFORCE = "tests/experiments/test_reinforce.py::"
 EVALUATE = "tests/experiments/test_evaluate.py::"
+EVALUATE_OWN = "tests/experiments/test_evaluate_own.py::"
 EVALUATE_RULES = "tests/experiments/test_evaluate_rules.py::"
 CONSISTENCY = "tests/objectives/test_consistency.py"
 DISCRETE = CONSISTENCY + " -k TestDiscrete"
@@ -3187,6 +3188,34 @@ MUTATIONS = [
         (EVALUATE_RULES + "TestIntervals",),
     ),
     Mutation(
+        "joined words come apart though a letter is left",
+        "../experiments/evaluation/texts.py",
+        "found += ways[-1] or [word]",
+        "found += next((way for way in reversed(ways) if way), [word])",
+        (EVALUATE_RULES + "TestWords",),
+    ),
+    Mutation(
+        "words come apart into the most parts",
+        "../experiments/evaluation/texts.py",
+        "ways.append(min(possible, key=len, default=None))",
+        "ways.append(max(possible, key=len, default=None))",
+        (EVALUATE_RULES + "TestWords",),
+    ),
+    Mutation(
+        "the size of a picture as width by height",
+        "../experiments/evaluation/own_scores.py",
+        'f"{picture.shape[1]}x{picture.shape[2]}"',
+        'f"{picture.shape[2]}x{picture.shape[1]}"',
+        (EVALUATE_OWN + "TestOwnScores",),
+    ),
+    Mutation(
+        "a bundle takes the place of any directory",
+        "../experiments/miniature/bundle.py",
+        'not (config.out / "bundle.json").is_file()',
+        "not config.out.is_dir()",
+        ("tests/experiments/test_bundle.py::test_a_directory_that_is_no_bundle_is_left_alone",),
+    ),
+    Mutation(
         "OneIG's grid column by column",
         "../experiments/evaluation/layouts.py",
         "(index % side * width, index // side * height)",
@@ -3198,7 +3227,7 @@ MUTATIONS = [
         "../experiments/evaluation/official.py",
         "math.fsum(row.values()) / len(row)})",
         "math.fsum(sum(tasks.values(), [])) / sum(map(len, tasks.values()))})",
-        (EVALUATE + "TestOwnScores",),
+        (EVALUATE_OWN + "TestOwnScores",),
     ),
     Mutation(
         "bad rows move the folders of those after them",

@@ -11,7 +11,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from experiments.evaluation.prompt_files import Benchmark, BenchmarkPrompt
 from experiments.runs import append_jsonl, read_jsonl
 
-__all__ = ["PICTURES", "check_number", "load_picture", "picture_files", "split_grid", "write_layout"]
+__all__ = ["PICTURES", "check_number", "load_picture", "load_pictures", "picture_files", "split_grid", "write_layout"]
 
 PICTURES: dict[Benchmark, int] = {"geneval": 4, "oneig": 4, "longtext": 4, "cvtg": 1}
 """Of each prompt, as the scorers' authors have them."""
@@ -116,6 +116,30 @@ def load_picture(path: Path) -> Tensor:
 
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def load_pictures(
+    benchmark: Benchmark, prompt: BenchmarkPrompt, images: Path, number: int, model: str
+) -> Iterator[tuple[Path, Tensor]]:
+    """The pictures of a prompt that are there, each with its file; wholly black parts of OneIG's grids are not.
+
+    Args:
+        benchmark: which one.
+        prompt: whose pictures.
+        images: folder of the layout.
+        number: pictures of each prompt.
+        model: folder in OneIG's layout.
+
+    Yields:
+        File and picture ``[3, h, w]`` uint8.
+    """
+    for name in picture_files(benchmark, prompt, number, model):
+        if (images / name).is_file():
+            picture = load_picture(images / name)
+            for part in split_grid(picture, math.isqrt(number)) if benchmark == "oneig" else [picture]:
+                # The official scorer leaves wholly black parts of a grid out.
+                if benchmark != "oneig" or part.any():
+                    yield images / name, part
 
 
 def split_grid(picture: Tensor, side: int) -> list[Tensor]:

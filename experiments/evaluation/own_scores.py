@@ -11,34 +11,46 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from experiments.evaluation.boxes import CONFIDENCE, COUNTING_CONFIDENCE, NameColours, check_objects, keep_confident
+from experiments.evaluation.breakdowns import Breakdowns, break_down
 from experiments.evaluation.detectors import Detect
 from experiments.evaluation.intervals import stratified_interval
-from experiments.evaluation.layouts import load_picture, picture_files, split_grid
+from experiments.evaluation.layouts import load_pictures
 from experiments.evaluation.official import geneval_row
 from experiments.evaluation.prompt_files import Benchmark, BenchmarkPrompt
 from experiments.evaluation.texts import (
     Language,
     Matches,
+    clean_text,
     match_exact_words,
     match_words,
     oneig_text_score,
     quoted_words,
+    split_joined,
     word_similarities,
 )
 from experiments.runs import progress
 from lensmini.rewards.judges import ReadText
 from lensmini.rewards.judges.programs import read_strings
 
-__all__ = ["read_text_content", "score_objects", "score_texts"]
+__all__ = ["Scored", "read_text_content", "score_objects", "score_texts"]
 
-Scored = tuple[dict[str, float], list[dict[str, Any]]]
-"""A row of numbers, and one line for each picture."""
+
+class Scored(NamedTuple):
+    """Own scores of a benchmark."""
+
+    row: dict[str, float]
+    """Numbers of the whole."""
+    lines: list[dict[str, Any]]
+    """What was found in each picture."""
+    parts: Breakdowns
+    """Numbers of its parts, see :func:`experiments.evaluation.breakdowns.break_down`."""
 
 
 def score_objects(
@@ -61,19 +73,18 @@ def score_objects(
         seed: of the interval's resamples.
 
     Returns:
-        Numbers by task, ``overall`` with ``low`` and ``high``, ``pictures`` and ``missing``; and for each picture a line as
-        the official scorer writes it.
+        Numbers by task, ``overall`` with ``low`` and ``high``, ``pictures`` and ``missing``; for each picture a line as the
+        official scorer writes it, with key and size; and the numbers by size of the picture.
 
     Raises:
         ValueError: if there is no picture at all.
     """
     lines = []
-    by_prompt: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for prompt, file, picture in _pictures("geneval", prompts, images, number, ""):
         threshold = COUNTING_CONFIDENCE if prompt.group == "counting" else CONFIDENCE
         objects = keep_confident(detect(picture), threshold=threshold)
         verdict = check_objects(objects, prompt.facts, colours(picture))
-        by_prompt[prompt.group][prompt.key].append(float(verdict.correct))
+        kept = {name: [[*one.box, one.score] for one in found] for name, found in objects.items()}
         lines.append(
             {
                 "filename": str(file),
@@ -82,15 +93,13 @@ def score_objects(
                 "correct": verdict.correct,
                 "reason": "\n".join(verdict.reasons),
                 "metadata": json.dumps(prompt.facts),
-                "details": json.dumps(
-                    {name: [[*one.box, one.score] for one in kept] for name, kept in objects.items()}
-                ),
+                "details": json.dumps(kept),
+                "key": prompt.key,
+                "size": _size(picture),
             }
         )
-    row = geneval_row((line["tag"], float(line["correct"])) for line in lines)
-    groups = [[math.fsum(right) / len(right) for right in task.values()] for task in by_prompt.values()]
-    row["low"], row["high"] = stratified_interval(groups, seed=seed)
-    return row | _counts(prompts, number, len(lines)), lines
+    score = partial(_object_row, seed=seed)
+    return Scored(score(lines) | _counts(prompts, number, len(lines)), lines, _parts("geneval", prompts, lines, score))
 
 
 def score_texts(
@@ -120,7 +129,8 @@ def score_texts(
 
     Returns:
         Numbers by the paper's names, ``low`` and ``high`` of LongText's score and CVTG's average (prompts drawn again, means
-        of prompts instead of words), ``pictures`` and ``missing``; and for each picture a line with what was read.
+        of prompts instead of words), ``apart`` (the score with joined words taken apart, :func:`split_joined`), ``pictures``
+        and ``missing``; for each picture a line with what was read; and the numbers of the benchmark's parts.
 
     Raises:
         ValueError: if there is no picture, or a text of OneIG is missing.
@@ -129,26 +139,19 @@ def score_texts(
     lines = []
     for prompt, file, picture in _pictures(benchmark, chosen, images, number, model):
         read = list(read_strings(read_text, picture))
-        line: dict[str, Any] = {"key": prompt.key, "group": prompt.group, "file": str(file), "read": read}
-        if benchmark == "cvtg":
-            wanted, words = quoted_words(prompt.prompt), [word for text in read for word in text.lower().split()]
-            line["matches"], line["similar"] = match_exact_words(wanted, words), word_similarities(wanted, words)
-        elif benchmark == "longtext":
-            line["matches"] = match_words(" ".join(prompt.facts["text"]), " ".join(read), language)
-        else:
+        line = {"key": prompt.key, "group": prompt.group, "file": str(file), "size": _size(picture), "read": read}
+        if benchmark == "oneig":
             name = prompt.key.split("/")[1]
             if text_content is None or name not in text_content:
                 raise ValueError(f"text_content: expected a text for id {name}, got none")
             line["wanted"] = text_content[name]
+        else:
+            line |= _match(benchmark, prompt, read, language)
         lines.append(line)
     if not lines:
         raise ValueError(f"expected pictures of {benchmark} in {images}, found none")
-    if benchmark == "oneig":
-        row = oneig_text_score([line["wanted"] for line in lines], [" ".join(line["read"]) for line in lines], language)
-    else:
-        row = _word_row(lines, benchmark)
-        row["low"], row["high"] = stratified_interval([_shares(lines)], seed=seed)
-    return row | _counts(chosen, number, len(lines)), lines
+    score = partial(_text_row, benchmark=benchmark, language=language, seed=seed)
+    return Scored(score(lines) | _counts(chosen, number, len(lines)), lines, _parts(benchmark, chosen, lines, score))
 
 
 def read_text_content(path: Path) -> dict[str, str]:
@@ -167,16 +170,60 @@ def read_text_content(path: Path) -> dict[str, str]:
     return found
 
 
-def _word_row(lines: Sequence[dict[str, Any]], benchmark: Benchmark) -> dict[str, float]:
-    overall = _share([line["matches"] for line in lines])
-    if benchmark == "longtext":
-        return {"text": overall}
-    groups: dict[str, list[Matches]] = defaultdict(list)
+def _match(benchmark: Benchmark, prompt: BenchmarkPrompt, read: Sequence[str], language: Language) -> dict[str, Any]:
+    """The words of one picture as the benchmark counts them, and with joined ones taken apart."""
+    if benchmark == "cvtg":
+        wanted, words = quoted_words(prompt.prompt), [word for text in read for word in text.lower().split()]
+        apart = match_exact_words(wanted, split_joined(words, wanted))
+        similar = word_similarities(wanted, words)
+        return {"matches": match_exact_words(wanted, words), "apart": apart, "similar": similar}
+    goal, text = " ".join(prompt.facts["text"]), " ".join(read)
+    found: dict[str, Any] = {"matches": match_words(goal, text, language)}
+    if language == "en":
+        goals, words = (clean_text(one, "en").lower().split() for one in (goal, text))
+        found["apart"] = match_words(goal, " ".join(split_joined(words, goals)), "en")
+    return found
+
+
+def _object_row(lines: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, float]:
+    by_prompt: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        groups[line["group"]].append(line["matches"])
-    similar = [value for line in lines for value in line["similar"]]
-    regions = {group: _share(matches) for group, matches in sorted(groups.items())}
-    return {**regions, "average": overall, "ned": math.fsum(similar) / len(similar)}
+        by_prompt[line["tag"]][line["key"]].append(float(line["correct"]))
+    row = geneval_row((line["tag"], float(line["correct"])) for line in lines)
+    groups = [[math.fsum(right) / len(right) for right in task.values()] for task in by_prompt.values()]
+    row["low"], row["high"] = stratified_interval(groups, seed=seed)
+    return row
+
+
+def _text_row(
+    lines: Sequence[Mapping[str, Any]], *, benchmark: Benchmark, language: Language, seed: int
+) -> dict[str, float]:
+    if benchmark == "oneig":
+        return oneig_text_score(
+            [line["wanted"] for line in lines], [" ".join(line["read"]) for line in lines], language
+        )
+    overall = _share([line["matches"] for line in lines])
+    row = {"text" if benchmark == "longtext" else "average": overall}
+    if benchmark == "cvtg":
+        groups: dict[str, list[Matches]] = defaultdict(list)
+        for line in lines:
+            groups[line["group"]].append(line["matches"])
+        similar = [value for line in lines for value in line["similar"]]
+        regions = {group: _share(matches) for group, matches in sorted(groups.items())}
+        row = {**regions, **row, "ned": math.fsum(similar) / len(similar)}
+    if all("apart" in line for line in lines):
+        row["apart"] = _share([line["apart"] for line in lines])
+    row["low"], row["high"] = stratified_interval([_shares(lines)], seed=seed)
+    return row
+
+
+def _parts(
+    benchmark: Benchmark,
+    prompts: Sequence[BenchmarkPrompt],
+    lines: Sequence[Mapping[str, Any]],
+    score: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]],
+) -> Breakdowns:
+    return break_down(benchmark, lines, {prompt.key: prompt.facts for prompt in prompts}, score)
 
 
 def _share(matches: Sequence[Matches]) -> float:
@@ -184,7 +231,7 @@ def _share(matches: Sequence[Matches]) -> float:
     return sum(match.found for match in matches) / total if total else 0.0
 
 
-def _shares(lines: Sequence[dict[str, Any]]) -> list[float]:
+def _shares(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     by_prompt: dict[str, list[Matches]] = defaultdict(list)
     for line in lines:
         by_prompt[line["key"]].append(line["matches"])
@@ -195,18 +242,15 @@ def _counts(prompts: Sequence[BenchmarkPrompt], number: int, pictures: int) -> d
     return {"pictures": pictures, "missing": number * len(prompts) - pictures}
 
 
+def _size(picture: Tensor) -> str:
+    return f"{picture.shape[1]}x{picture.shape[2]}"
+
+
 def _pictures(
     benchmark: Benchmark, prompts: Sequence[BenchmarkPrompt], images: Path, number: int, model: str
 ) -> Iterator[tuple[BenchmarkPrompt, Path, Tensor]]:
     with progress(number * len(prompts), 0, "score") as bar:
         for prompt in prompts:
-            for name in picture_files(benchmark, prompt, number, model):
-                file = images / name
-                if not file.is_file():
-                    continue
-                picture = load_picture(file)
-                for part in split_grid(picture, math.isqrt(number)) if benchmark == "oneig" else [picture]:
-                    # The official scorer leaves wholly black parts of a grid out.
-                    if benchmark != "oneig" or part.any():
-                        yield prompt, file, part
-                        bar.update()
+            for file, picture in load_pictures(benchmark, prompt, images, number, model):
+                yield prompt, file, picture
+                bar.update()

@@ -1,6 +1,5 @@
 """Laws of experiments.evaluate: prompt files, layouts as official scorers read them, their results, and whole runs."""
 
-import csv
 import glob
 import json
 import os
@@ -14,58 +13,12 @@ from PIL import Image
 from experiments import evaluate as script
 from experiments.evaluate import EvaluateConfig, evaluate, price
 from experiments.evaluate_config import cvtg, geneval, longtext, oneig, scenes
-from experiments.evaluation.boxes import COLOURS, Found
-from experiments.evaluation.detectors import clip_colours, open_detector, pixel_colours
 from experiments.evaluation.layouts import load_picture, split_grid, write_layout
 from experiments.evaluation.official import read_official
-from experiments.evaluation.own_scores import read_text_content, score_objects, score_texts
 from experiments.evaluation.paper import paper_rows
 from experiments.evaluation.prompt_files import read_prompts
+from tests.experiments.benchmark_files import COUNT, DOG, SIGN, TWO, put_cvtg, put_lines, put_oneig, put_picture
 from tests.experiments.test_generate import run  # noqa: F401
-
-DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
-TWO = {
-    "tag": "position",
-    "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
-    "prompt": "a photo of a dog left of a cat",
-}
-COUNT = {
-    "tag": "counting",
-    "include": [{"class": "dog", "count": 2}],
-    "exclude": [{"class": "dog", "count": 3}],
-    "prompt": "a photo of two dogs",
-}
-RED = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
-SIGN = {"prompt_id": 7, "prompt": "A sign", "text": ["Stay calm", "now"], "category": "signs", "length": "short"}
-
-
-def put_lines(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def put_cvtg(folder, prompts=("A sign 'Open' and 'Now'",), style="CVTG-style"):
-    for name in ("CVTG", style):
-        (folder / name).mkdir(parents=True)
-        for area in (2, 3, 4, 5):
-            rows = [{"index": index, "prompt": text} for index, text in enumerate(prompts)]
-            (folder / name / f"{area}.json").write_text(json.dumps({"data_list": rows}))
-            (folder / name / f"{area}_combined.json").write_text("not read")
-    return folder
-
-
-def put_oneig(path, rows):
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, ["category", "id", "prompt_en", "type"])
-        table.writeheader()
-        table.writerows(rows)
-    return path
-
-
-def put_picture(path, colour=(0, 0, 0), size=(8, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
 
 
 class TestPromptFiles:
@@ -177,66 +130,6 @@ class TestLayouts:
         assert write_layout("longtext", prompts, painted, tmp_path / "images", "lens") == 1
 
 
-class TestOwnScores:
-    def test_geneval_of_pictures_with_known_contents(self, tmp_path):
-        prompts = read_prompts("geneval", put_lines(tmp_path / "m.jsonl", [DOG, TWO, COUNT, RED])).prompts
-        dog, cat = Found("dog", 0.95, (0, 0, 4, 4)), Found("cat", 0.95, (10, 0, 14, 4))
-        unsure = Found("dog", 0.6, (10, 0, 14, 4))
-        contents = {  # by the colour of the picture
-            ("00000", 0): [dog], ("00000", 1): [cat],
-            ("00001", 0): [dog, cat], ("00001", 1): [unsure, Found("cat", 0.9, (0, 0, 4, 4))],
-            ("00002", 0): [dog, unsure], ("00002", 1): [dog, Found("dog", 0.91, (10, 0, 14, 4))],
-            ("00003", 0): [dog],
-        }  # fmt: skip
-        known = {}
-        for i, ((key, number), found) in enumerate(contents.items()):
-            put_picture(tmp_path / "images" / key / "samples" / f"{number:04d}.png", (200 + i, 0, 0), (16, 8))
-            known[200 + i] = found
-        detect = lambda picture: known[int(picture[0, 0, 0])]  # noqa: E731
-        row, lines = score_objects(prompts, tmp_path / "images", 2, detect, pixel_colours)
-        right = {"single": 0.5, "count": 0.5, "colour": 1.0, "position": 0.5, "overall": 0.625}
-        assert {name: row[name] for name in right} == right
-        assert row["pictures"] == 7 and row["missing"] == 1
-        assert row["low"] <= 0.625 <= row["high"]
-        # In counting 0.6 is not sure enough, elsewhere it is.
-        assert [line["correct"] for line in lines] == [True, False, True, False, False, True, True]
-        put_lines(tmp_path / "own.jsonl", lines)
-        assert read_official("geneval", tmp_path / "own.jsonl") == {name: row[name] for name in right}
-
-    def test_texts_with_a_scripted_reader(self, tmp_path):
-        prompts = read_prompts("longtext", put_lines(tmp_path / "t.jsonl", [SIGN])).prompts
-        for number, red in ((1, 1), (3, 2)):
-            put_picture(tmp_path / "images" / f"0007_{number}.png", (red, 0, 0))
-        read = {1: ["STAY", "calm"], 2: ["now, calm stay", "more"]}
-        reader = lambda picture: read[int(picture[0, 0, 0])]  # noqa: E731
-        row, _ = score_texts("longtext", prompts, tmp_path / "images", 4, reader)
-        assert row["text"] == pytest.approx(5 / 6) and row["missing"] == 2 and row["pictures"] == 2
-        prompts = read_prompts("cvtg", put_cvtg(tmp_path / "CVTG-2K", ["A sign 'Open' and 'Now'"])).prompts[:2]
-        put_picture(tmp_path / "images/CVTG/2/0.png", (1, 0, 0))
-        put_picture(tmp_path / "images/CVTG/3/0.png", (2, 0, 0))
-        read = {1: ["open", "ow"], 2: ["OPEN now"]}
-        row, _ = score_texts("cvtg", prompts, tmp_path / "images", 1, reader)
-        assert (row["2"], row["3"], row["average"]) == (0.5, 1.0, 0.75)
-        assert row["ned"] == pytest.approx((1 + 2 / 3 + 1 + 1) / 4)
-
-    def test_oneig_scores_every_part_of_a_grid_but_black_ones(self, tmp_path):
-        rows = [{"category": c, "id": "003", "prompt_en": "a", "type": "T"} for c in ("Text_Rendering", "Portrait")]
-        prompts = read_prompts("oneig", put_oneig(tmp_path / "o.csv", rows)).prompts
-        (tmp_path / "images/text/lens").mkdir(parents=True)
-        sheet = Image.new("RGB", (64, 64))
-        for place, red in (((0, 0), 90), ((32, 0), 240), ((0, 32), 90)):
-            sheet.paste((red, red, red), (*place, place[0] + 32, place[1] + 32))
-        sheet.save(tmp_path / "images/text/lens/003.webp", lossless=True)
-        (tmp_path / "texts.csv").write_text("id,text_content\n003,Open door\n")
-        reader = lambda picture: ["Open door"] if picture[0, 0, 0] < 99 else ["Open"]  # noqa: E731
-        texts = read_text_content(tmp_path / "texts.csv")
-        row, lines = score_texts("oneig", prompts, tmp_path / "images", 4, reader, text_content=texts)
-        assert len(lines) == 3 and row["completion"] == pytest.approx(2 / 3)
-        assert row["word_accuracy"] == pytest.approx(5 / 6) and row["missing"] == 1
-        with pytest.raises(ValueError, match="text_content: expected a text for id 003"):
-            score_texts("oneig", prompts, tmp_path / "images", 4, reader, text_content={"004": "a"})
-
-
 class TestOfficial:
     def test_longtext_and_cvtg_count_words_not_pictures(self, tmp_path):
         rows = [{"match_word_count": 1, "gt_word_count": 2}, {"match_word_count": 8, "gt_word_count": 8}]
@@ -288,107 +181,6 @@ class TestOfficial:
             assert row["overall"] == pytest.approx(sum(parts) / 5, abs=0.0011)
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    """A detector with drawn weights, saved as transformers saves one."""
-    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
-
-    folder = tmp_path_factory.mktemp("detector")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    names = {0: "mouse", 1: "dog", 2: "cat"}
-    config = YolosConfig(**sizes, image_size=[32, 48], patch_size=16, num_detection_tokens=6, id2label=names)
-    model = YolosForObjectDetection(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.5)
-    model.save_pretrained(folder)
-    size = {"height": 32, "width": 48}
-    YolosImageProcessor(
-        size=size, do_resize=True, do_pad=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
-    return folder, model.eval()
-
-
-class TestDetectors:
-    def test_a_loaded_detector_gives_the_models_boxes_in_pixels_of_the_picture(self, detector):
-        folder, model = detector
-        picture = torch.randint(256, (3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        found = open_detector(folder, wanted=["computer mouse", "dog"], local_files_only=True, threshold=0.3)(picture)
-        with torch.no_grad():
-            output = model(pixel_values=(picture[None] / 255 - 0.5) / 0.5)
-        expected = []
-        for logits, (x, y, w, h) in zip(output.logits[0].softmax(-1), output.pred_boxes[0].tolist(), strict=True):
-            score, label = logits[:-1].max(0)
-            if score > 0.3:
-                name = ("computer mouse", "dog", "cat")[int(label)]
-                box = ((x - w / 2) * 48, (y - h / 2) * 32, (x + w / 2) * 48, (y + h / 2) * 32)
-                expected.append((name, score.item(), *box))
-        assert expected
-        for one, (name, *numbers) in zip(found, expected, strict=True):
-            assert one.label == name and (one.score, *one.box) == pytest.approx(numbers, abs=1e-3)
-
-    def test_classes_it_does_not_know_and_pickles_are_refused(self, detector, tmp_path):
-        folder, model = detector
-        with pytest.raises(ValueError, match="detector: expected one that knows zebra, got"):
-            open_detector(folder, wanted=["dog", "zebra"], local_files_only=True)
-        for name in ("config.json", "preprocessor_config.json"):
-            (tmp_path / name).write_bytes((folder / name).read_bytes())
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(OSError, match="safetensors"):
-            open_detector(tmp_path, local_files_only=True)
-
-    def test_clip_names_the_colour_whose_sentences_are_most_like_the_crop(self, tmp_path):
-        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-        letters = [chr(c) for c in range(97, 123)] + ["-"]
-        tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-        vocab = {token: index for index, token in enumerate(tokens)}
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-        tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        special = {"bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"]}
-        torch.manual_seed(0)
-        config = CLIPConfig(
-            text_config={**sizes, **special, "vocab_size": len(vocab), "max_position_embeddings": 64},
-            vision_config={**sizes, "image_size": 16, "patch_size": 8},
-            projection_dim=8,
-        )
-        model = CLIPModel(config).eval()
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.3)
-        model.save_pretrained(tmp_path)
-        processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16), tokenizer)
-        processor.save_pretrained(tmp_path)
-        picture = torch.randint(256, (3, 24, 40), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-        found = [Found("dog", 0.9, box) for box in ((0, 0, 16, 16), (16, 4, 32, 20), (2, 3, 38, 23))]
-        named = clip_colours(tmp_path, local_files_only=True)(picture)(found, "dog")
-
-        def logits(box, texts):
-            crop = picture[:, box[1] : box[3], box[0] : box[2]]
-            inputs = processor(text=texts, images=[crop], return_tensors="pt", padding=True)
-            with torch.no_grad():
-                output = model(**inputs)
-            return output.text_embeds, output.image_embeds[0]
-
-        expected = []
-        for one in found:
-            scores = []
-            for colour in COLOURS:
-                texts, image = logits(
-                    one.box,
-                    [
-                        f"a photo of a {colour} dog",
-                        f"a photo of a {colour}-colored dog",
-                        f"a photo of a {colour} object",
-                    ],
-                )
-                mean = texts.mean(0)
-                scores.append((image @ mean / mean.norm()).item())
-            expected.append(COLOURS[max(range(10), key=scores.__getitem__)])
-        assert named == expected
-
-
 class TestRuns:
     def test_geneval_is_painted_laid_out_and_goes_on(self, run, tmp_path, capsys):  # noqa: F811
         config = replace(
@@ -407,6 +199,21 @@ class TestRuns:
         evaluate(config)
         assert "4 of 4 pictures are there already" in capsys.readouterr().out
         assert {file: file.read_bytes() for file in pictures} == pictures
+
+    def test_canvases_are_taken_in_turn_and_scored_apart(self, run, tmp_path, monkeypatch):  # noqa: F811
+        monkeypatch.setattr(script, "open_detector", lambda *_, **__: lambda picture: [])
+        config = replace(
+            geneval(), prompts=put_lines(tmp_path / "m.jsonl", [DOG, TWO, COUNT]), checkpoint=run, out=tmp_path / "out",
+            num_images_per_prompt=2, canvases=((16, 16), (16, 24)), mu="own", num_steps=1, guidance_scale=1.0,
+            detector=tmp_path,
+        )  # fmt: skip
+        result = evaluate(config)
+        sizes = [Image.open(tmp_path / f"out/images/{key:05d}/samples/0001.png").size for key in range(3)]
+        assert sizes == [(16, 16), (24, 16), (16, 16)]
+        assert {size: row["pictures"] for size, row in result["parts"]["size"].items()} == {"16x16": 4, "16x24": 2}
+        assert 0 < result["diversity"]["all"] < 1 and result["missing_files"] == 0
+        (tmp_path / "out/images/00001/samples/0001.png").unlink()
+        assert evaluate(replace(config, painted=True))["missing_files"] == 1
 
     def test_the_scene_suite_of_a_run(self, run, tmp_path):  # noqa: F811
         config = EvaluateConfig(

@@ -12,6 +12,7 @@ from experiments.evaluation.detectors import pixel_colours
 from experiments.evaluation.official import read_official
 from experiments.evaluation.own_scores import read_text_content, score_objects, score_texts
 from experiments.evaluation.prompt_files import read_prompts
+from experiments.evaluation.reader_check import CASES, WORDS, CheckConfig, check_reader
 from lensmini.data.text_pictures import draw_text_picture
 from tests.experiments.benchmark_files import COUNT, DOG, RED, SIGN, TWO, put_cvtg, put_lines, put_oneig, put_picture
 from tests.experiments.test_generate import run  # noqa: F401
@@ -144,3 +145,10 @@ class TestOwnScores:
         assert row["word_accuracy"] == pytest.approx(5 / 6) and row["missing"] == 1
         with pytest.raises(ValueError, match="text_content: expected a text for id 003"):
             score_texts("oneig", prompts, tmp_path / "images", 4, reader, text_content={"004": "a"})
+
+    def test_the_check_of_a_reader_gives_all_to_one_that_reads_every_word_and_nothing_to_a_blind_one(self):
+        rows = check_reader(lambda picture: WORDS * 8, CheckConfig(num=2))
+        assert list(rows) == list(CASES)
+        assert all(row == {"words": 1.0, "low": 1.0, "high": 1.0, "apart": 1.0, "pictures": 2} for row in rows.values())
+        rows = check_reader(lambda picture: [], CheckConfig(num=1))
+        assert all(row["words"] == row["apart"] == 0.0 for row in rows.values())

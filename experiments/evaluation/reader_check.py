@@ -34,8 +34,9 @@ _TEXT = (
 )
 WORDS = _TEXT.split()
 
-LEVEL, ANY = {"max_angle": 0.0, "max_blur": 0.0}, {"max_angle": 30.0, "max_blur": 1.0}
-CASES: Mapping[str, tuple[Benchmark, int, int, int, Mapping[str, float]]] = {
+LEVEL: dict[str, Any] = {"max_angle": 0.0, "max_blur": 0.0}
+ANY: dict[str, Any] = {"max_angle": 30.0, "max_blur": 1.0}
+CASES: Mapping[str, tuple[Benchmark, int, int, int, dict[str, Any]]] = {
     "single words, level": ("cvtg", 512, 4, 1, LEVEL),
     "single words, any angle and blur": ("cvtg", 512, 4, 1, ANY),
     "two words a line, level": ("cvtg", 512, 3, 2, LEVEL),
@@ -67,18 +68,19 @@ def check_reader(read_text: ReadText, config: CheckConfig) -> dict[str, dict[str
         ``apart`` once joined words are taken apart, and the number of pictures.
     """
     rows = {}
-    for number, (name, (benchmark, *case)) in enumerate(CASES.items()):
+    for number, (name, (benchmark, side, lines, words, options)) in enumerate(CASES.items()):
         with TemporaryDirectory() as folder:
-            drawn = itertools.islice(_draw(benchmark, *case, seed=1000 * config.seed + number), config.num)
+            endless = _draw(benchmark, side, lines, words, options, seed=1000 * config.seed + number)
+            drawn = itertools.islice(endless, config.num)
             prompts = [_save(benchmark, Path(folder), index, *one) for index, one in enumerate(drawn)]
             row = score_texts(benchmark, prompts, Path(folder), 1, read_text, seed=config.seed).row
-        words = row["text" if benchmark == "longtext" else "average"]
-        rows[name] = {"words": words, **{key: row[key] for key in ("low", "high", "apart", "pictures")}}
+        share = row["text" if benchmark == "longtext" else "average"]
+        rows[name] = {"words": share, **{key: row[key] for key in ("low", "high", "apart", "pictures")}}
     return rows
 
 
 def _draw(
-    benchmark: Benchmark, side: int, lines: int, words: int, options: Mapping[str, float], *, seed: int
+    benchmark: Benchmark, side: int, lines: int, words: int, options: dict[str, Any], *, seed: int
 ) -> Iterator[tuple[list[str], Any]]:
     random = Random(seed)
     for key in itertools.count():

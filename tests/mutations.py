@@ -1221,8 +1221,8 @@ MUTATIONS = [
     Mutation(
         "hooked linears run in chunks",
         "nn/chunked.py",
-        "type(linear) is not nn.Linear or linear._forward_hooks",
-        "type(linear) is not nn.Linear or False",
+        "part._forward_hooks or part._forward_pre_hooks or ",
+        "",
         (FAST + "test_what_cannot_run_in_chunks_runs_block_by_block",),
     ),
     Mutation(
@@ -1259,6 +1259,20 @@ MUTATIONS = [
         "cond, uncond = velocity.chunk(2)",
         "uncond, cond = velocity.chunk(2)",
         (FAST + "test_the_published_run",),
+    ),
+    Mutation(
+        "weights of the first round are streamed for ever",
+        "pipeline/offload.py",
+        "        self._bring_home(index)\n        self._tell",
+        "        self._tell",
+        (OFFLOAD + "test_weights_replaced_between_rounds_are_the_ones_that_visit",),
+    ),
+    Mutation(
+        "a schedule is kept from call to call",
+        "pipeline/call.py",
+        "                engine.forget()",
+        "                pass",
+        (FAST + "test_weights_changed_in_any_way_between_calls_are_seen",),
     ),
     Mutation(
         "nothing is prefetched",

@@ -50,8 +50,11 @@ def chunk_obstacle(blocks: Iterable[nn.Module]) -> str | None:
         feed_forward = (getattr(mlp, name) for mlp in (block.img_mlp, block.txt_mlp) for name in ("w1", "w2", "w3"))
         # It reads weights, so whatever wraps a linear or listens to it would be passed over.
         for linear in (*linears, *feed_forward):
-            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:  # noqa: SLF001
-                return f"a linear of block {index} is wrapped or hooked"
+            if type(linear) is not nn.Linear:
+                return f"a linear of block {index} is wrapped"
+        for part in block.modules():
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):  # noqa: SLF001
+                return f"a part of block {index} is hooked, or its forward replaced"
     return None
 
 

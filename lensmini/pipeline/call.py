@@ -105,7 +105,7 @@ class LensPipeline:
         self.prompt_cache = prompt_cache
         self.check_sizes = check_sizes
         self.free_after_encoding = free_after_encoding
-        self.engine: Engine = FastEngine() if fast or memory is not None else plain_passes
+        self.engine: Engine = FastEngine(keep_schedule=True) if fast or memory is not None else plain_passes
         here = transformer.img_in.weight.device if device is None else device
         self.arranger = None if memory is None else Arranger(memory, here)
         self.downsample = 16 if autoencoder is None else autoencoder.downsample
@@ -357,6 +357,7 @@ class LensPipeline:
             engine = plain_passes if published_bf16 and around is None else self.engine
             if isinstance(engine, FastEngine):
                 engine.around = around
+                engine.forget()  # weights may have changed since the last call; batches of this one share it
             for first in range(0, total, batch_size or total):
                 rows = range(first, min(first + (batch_size or total), total))
                 painted += paint_packed(

@@ -73,16 +73,12 @@ class StreamedModules:
         self.device, self.prefetch = torch.device(device), prefetch
         self._tell = on_event or (lambda kind, index: None)
         self._places = {index: place for place, index in enumerate(self.order)}
+        self._modules = list(modules)
         self._host: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._ready: dict[int, Any] = {}
-        cuda = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         for index in self.order:
-            tensors = [*modules[index].parameters(), *modules[index].buffers()]
-            for tensor in tensors:
-                # Only pinned memory is copied while the device computes.
-                tensor.data = tensor.data.cpu().pin_memory() if cuda else tensor.data.cpu()
-            self._host[index] = [(tensor, tensor.data) for tensor in tensors]
+            self._bring_home(index)
 
     @contextmanager
     def __call__(self, index: int) -> Iterator[None]:
@@ -108,7 +104,7 @@ class StreamedModules:
     def hook(self, modules: Sequence[nn.Module]) -> Callable[[], None]:
         """Surround modules by hooks, where their loop belongs to somebody else; returns what takes the hooks off.
 
-        A loop that leaves by an exception leaves its last module on the device; :meth:`release` drops it.
+        A module that fails is dropped like one that ends.
 
         Args:
             modules: the ones of the constructor; not compiled.
@@ -124,25 +120,39 @@ class StreamedModules:
 
         def leave(index: int) -> Callable[..., None]:
             def after(*_: object) -> None:
-                open_contexts.pop(index).__exit__(None, None, None)
+                if (context := open_contexts.pop(index, None)) is not None:
+                    context.__exit__(None, None, None)
 
             return after
 
         handles = []
         for index in self.order:
             handles.append(modules[index].register_forward_pre_hook(enter(index)))
-            handles.append(modules[index].register_forward_hook(leave(index), prepend=True))
+            handles.append(modules[index].register_forward_hook(leave(index), prepend=True, always_call=True))
 
         def remove() -> None:
             for handle in handles:
                 handle.remove()
+            for index in [*open_contexts]:
+                open_contexts.pop(index).__exit__(None, None, None)
             self.release()
 
         return remove
 
+    def _bring_home(self, index: int) -> None:
+        """Find a module's weights as they are now, since they may have been replaced, and have them on the host."""
+        tensors = [*self._modules[index].parameters(), *self._modules[index].buffers()]
+        for tensor in tensors:
+            if tensor.device.type != "cpu":
+                tensor.data = tensor.data.cpu()
+            if self._stream is not None and not tensor.is_pinned():
+                tensor.data = tensor.data.pin_memory()  # only pinned memory is copied while the device computes
+        self._host[index] = [(tensor, tensor.data) for tensor in tensors]
+
     def _fetch(self, index: int) -> None:
         if index in self._ready:
             return
+        self._bring_home(index)
         self._tell("fetch", index)
         if self._stream is None:
             for tensor, host in self._host[index]:

@@ -62,9 +62,9 @@ def plain_passes(model: LensTransformer, text_tokens: Tensor, layout: Layout, ti
 class FastEngine:
     """Passes that do once per run what no step changes, and the rest in the form that suits the device.
 
-    Once per run: the modulation of all steps, the projection of the text features and the rotary tables; the modulation
-    stays for the next run of the same schedule. On the CPU the blocks run in chunks
-    (:mod:`lensmini.nn.chunked`); elsewhere, or where that is impossible, block by block as they are, compiled or not.
+    Once per run: the modulation of all steps, the projection of the text features and the rotary tables. On the CPU the
+    blocks run in chunks (:mod:`lensmini.nn.chunked`); elsewhere, or where that is impossible, block by block as
+    they are, compiled or not.
 
     Args:
         chunked: whether chunks are allowed.
@@ -74,6 +74,9 @@ class FastEngine:
         around: surrounds each block while it runs, see :class:`lensmini.pipeline.offload.StreamedModules`.
         wrap: makes another function of a whole pass, such as :func:`lensmini.pipeline.graphs.cuda_graph`; called once a
             run, with a function of tensors whose shapes stay the same. Not together with ``around``.
+        keep_schedule: keep the modulation for the next run of the same schedule, until :meth:`forget`. Weights that change in
+            between are seen only where autograd counts the change: not through ``.data`` or hooks. The pipeline keeps it for
+            the batches of one call.
 
     Raises:
         ValueError: if ``group`` is neither a positive number nor "sample".
@@ -95,10 +98,11 @@ class FastEngine:
         group: int | Literal["sample"] = GROUP_TOKENS,
         around: Around | None = None,
         wrap: Wrap | None = None,
+        keep_schedule: bool = False,
     ) -> None:
         if group != "sample" and (not isinstance(group, int) or group < 1):
             raise ValueError(f'group: expected a positive number of tokens or "sample", got {group!r}')
-        self.chunked, self.around, self.wrap = chunked, around, wrap
+        self.chunked, self.around, self.wrap, self.keep_schedule = chunked, around, wrap, keep_schedule
         self.group_tokens = 1 if group == "sample" else group
         self._schedule: tuple[object, ScheduleModulation] | None = None
 
@@ -139,7 +143,9 @@ class FastEngine:
         return velocity
 
     def _modulation(self, model: LensTransformer, times: Tensor) -> ScheduleModulation:
-        # Every write into a parameter counts its version up, so a merged adapter is seen.
+        if not self.keep_schedule:
+            return schedule_modulation(model, times)
+        # Most writes into a parameter count its version up, so a merged adapter is seen.
         versions = sum(0 if p.is_inference() else p._version for p in model.parameters())  # noqa: SLF001
         key = (id(model), model.img_in.weight.device, tuple(map(tuple, times.tolist())), versions)
         if self._schedule is None or self._schedule[0] != key:

@@ -99,7 +99,7 @@ def test_a_callback_changes_the_latents_of_the_next_pass(engine):
 
 @engines
 def test_one_engine_serves_runs_of_other_schedules_models_and_weights(engine):
-    fast, first, second = engine(), tiny_transformer(), tiny_transformer()
+    fast, first, second = engine(keep_schedule=True), tiny_transformer(), tiny_transformer()
     with torch.no_grad():
         second.transformer_blocks[0].img_mod[1].weight.mul_(2)
     run = ([(2, 3), (2, 3)], [3, 3], [0, 0])
@@ -110,6 +110,69 @@ def test_one_engine_serves_runs_of_other_schedules_models_and_weights(engine):
         first.transformer_blocks[1].txt_mod[1].bias.add_(1)
     again = paint(first, run, 1, engine=fast)
     assert error(again[0], paint(first, run, 1)[0]) < 1e-5
+
+
+def past_autograd(layer):
+    layer.weight.data += 1
+
+
+def other_data(layer):
+    layer.weight.data = layer.weight.data + 1
+
+
+def scaled(layer):
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+CHANGES = [past_autograd, other_data, scaled]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_changed_in_any_way_between_runs_are_seen(change):
+    run, model, engine = ([(2, 3)], [3], [0]), tiny_transformer(), FastEngine()
+    before = paint(model, run, 1, engine=engine)[0]
+    change(model.transformer_blocks[1].img_mod[1])
+    expected = paint(model, run, 1)[0]
+    assert error(expected, before) > 1e-2
+    assert error(paint(model, run, 1, engine=engine)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_changed_in_any_way_between_calls_are_seen(change):
+    call = {"prompt": "a blue circle", "height": 32, "width": 24, "seeds": 0, "num_inference_steps": 2}
+    pictures = []
+    for pipe in (tiny_pipeline(fast=True), tiny_pipeline()):
+        pipe(**call, output_type="latent")
+        change(pipe.transformer.transformer_blocks[1].img_mod[1])
+        pictures.append(pipe(**call, output_type="latent").images)
+    assert error(*pictures) < 1e-5
+
+
+def test_batches_of_one_call_share_the_modulation():
+    pipe, rows = tiny_pipeline(fast=True), []
+    pipe.transformer.transformer_blocks[0].img_mod.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    call = {"prompt": "a", "height": 32, "width": 24, "num_images_per_prompt": 4, "batch_size": 2, "seeds": 0}
+    for _ in range(2):
+        pipe(**call, num_inference_steps=3, output_type="latent")
+    assert rows == [3, 3]
+
+
+@engines
+def test_compiled_blocks_paint_the_same(engine):
+    run, model = ([(2, 3), (4, 4)], [3, 7], [0, 3]), tiny_transformer()
+    expected = paint(model, run, 2)
+    model.compile_blocks(backend="eager")
+    assert "compiled" in (chunk_obstacle(model.transformer_blocks) or "")
+    assert all(error(a, b) < 1e-5 for a, b in zip(paint(model, run, 2, engine=engine()), expected, strict=True))
+
+
+@engines
+def test_in_bfloat16_it_is_as_near_to_the_exact_pictures_as_the_plain_way(engine):
+    run = ([(2, 3), (4, 4), (2, 3)], [3, 7, 0], [0, 3, 3])
+    exact, low = paint(tiny_transformer(), run, 2), tiny_transformer(torch.bfloat16)
+    plain, fast = paint(low, run, 2), paint(low, run, 2, engine=engine())
+    for a, b, c in zip(fast, plain, exact, strict=True):
+        assert error(b, c) > 1e-3 and error(a, c) < 1.1 * error(b, c)
 
 
 def test_passes_can_be_asked_in_any_order_and_change_no_input():
@@ -130,7 +193,7 @@ def test_modulation_runs_once_for_a_run_and_a_repeated_schedule_not_at_all():
     for name, module in model.named_modules():
         if name.endswith(("img_mod", "txt_mod")) or name == "txt_in":
             module.register_forward_hook(lambda module, args, output, name=name: calls.append((name, len(args[0]))))
-    engine, run = FastEngine(), ([(2, 3), (2, 3), (4, 4)], [3, 3, 3], [0, 0, 0])
+    engine, run = FastEngine(keep_schedule=True), ([(2, 3), (2, 3), (4, 4)], [3, 3, 3], [0, 0, 0])
     paint(model, run, 0, engine=engine)
     # Three steps; all start at time 1 and two grids differ after it: 1 + 2 * 2 distinct times for 6 samples.
     assert [rows for name, rows in calls if name.endswith("_mod")] == [5] * 4
@@ -183,7 +246,12 @@ def test_what_cannot_run_in_chunks_runs_block_by_block():
 
     wrapped.transformer_blocks[0].img_mlp.w2.__class__ = Doubled
     hooked.transformer_blocks[1].attn.img_qkv.register_forward_hook(lambda module, args, output: output / 2)
-    for model, reason in ((wrapped, "wrapped"), (hooked, "hooked"), (half, "bfloat16")):
+    whole, patched = tiny_transformer(), tiny_transformer()
+    whole.transformer_blocks[0].register_forward_hook(lambda module, args, output: (output[0] / 2, output[1]))
+    mlp = patched.transformer_blocks[0].img_mlp
+    mlp.forward = lambda *args, original=mlp.forward, **options: original(*args, **options) / 2
+    models = (wrapped, "wrapped"), (hooked, "hooked"), (whole, "hooked"), (patched, "hooked"), (half, "bfloat16")
+    for model, reason in models:
         assert reason in (chunk_obstacle(model.transformer_blocks) or "")
         expected = paint(model, run, 3)
         limit = 2e-2 if model is half else 1e-5

@@ -1,5 +1,6 @@
 """Streamed weights: order of events, how many visit at once, that a module never runs without its own."""
 
+import gc
 from itertools import pairwise
 
 import pytest
@@ -65,6 +66,50 @@ def test_every_module_is_there_when_used_and_few_are_there_at_once(num, prefetch
     assert all(torch.equal(module.weight, value) for module, value in zip(modules, values, strict=True))
     fetches, drops = (sum(kind == wanted for kind, _ in events) for wanted in ("fetch", "drop"))
     assert fetches == drops
+
+
+@pytest.mark.parametrize("change", ["data", "parameter", "layer"])
+def test_weights_replaced_between_rounds_are_the_ones_that_visit(change):
+    modules = [nn.Sequential(layer) for layer in layers(3)]
+    streamed, x = StreamedModules(modules, "cpu"), torch.ones(1, 3)
+
+    def walk():
+        y = x
+        for index, module in enumerate(modules):
+            with streamed(index):
+                y = module(y)
+        streamed.release()
+        return y
+
+    walk()
+    layer = modules[1][0]
+    if change == "data":
+        layer.weight.data = layer.weight.data + 1
+    elif change == "parameter":
+        layer.weight = nn.Parameter(layer.weight.detach() + 1)
+    else:
+        modules[1][0] = nn.Linear(3, 3)
+    kept = modules[1][0].weight.clone()
+    expected = nn.Sequential(*modules)(x)
+    for _ in range(2):
+        assert torch.equal(walk(), expected)
+    assert torch.equal(modules[1][0].weight, kept)
+
+
+def test_a_failing_module_of_a_hooked_loop_is_dropped_once_and_at_once():
+    modules, events, unraisable = layers(3), [], []
+    host = [module.weight.data_ptr() for module in modules]
+    streamed = StreamedModules(modules, "cpu", on_event=lambda *e: events.append(e))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.unraisablehook", lambda found: unraisable.append(found.exc_value))
+        remove = streamed.hook(modules)
+        with pytest.raises(RuntimeError):
+            nn.Sequential(*modules)(torch.ones(1, 4))
+        remove()
+        del remove
+        gc.collect()
+    assert [module.weight.data_ptr() for module in modules] == host and not unraisable
+    assert events.count(("drop", 0)) == 1
 
 
 def test_a_failing_module_leaves_nothing_behind():
